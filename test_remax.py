@@ -1,0 +1,543 @@
+"""What remax.py claims, proved on small models. No GPU and no network needed:  python -m pytest -q"""
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import remax
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+EOS, PAD = 2, 0
+torch.set_num_threads(1)  # the models are tiny, the cores are shared
+
+
+# ------------------------------------------- helpers -------------------------------------------
+
+def make(kind="gpt2", vocab_size=31, seed=0):
+    """A random model of a family, small, in float32, loud enough that mistakes show."""
+    names = dict(vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS)
+    llama = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=64, max_position_embeddings=64)
+    config = {
+        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                                                **names),
+        "llama": lambda: transformers.LlamaConfig(**llama, **names),
+        "qwen2": lambda: transformers.Qwen2Config(**llama, **names),
+        "neox": lambda: transformers.GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                                   intermediate_size=64, max_position_embeddings=64, **names),
+        "opt": lambda: transformers.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
+                                              word_embed_proj_dim=32, max_position_embeddings=64, **names),
+        "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **names),
+        "gemma2": lambda: transformers.Gemma2Config(**llama, **names, head_dim=8, sliding_window=8,
+                                                    query_pre_attn_scalar=8, final_logit_softcapping=2.0),
+    }[kind]()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, 0.3)
+    return model.eval()
+
+
+FAMILIES = ["gpt2", "llama", "qwen2", "neox", "opt", "bloom", "gemma2"]
+
+
+def prompts(B=4, P=6, vocab_size=31, seed=1):
+    """Prompts (B,P) padded on the left by 0, 1, 2, ... columns; one holds an EOS that must stay visible."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, vocab_size, (B, P), generator=generator)
+    attention = torch.ones_like(prompt)
+    for b in range(1, B):
+        attention[b, :b % P] = 0
+    prompt = prompt.masked_fill(attention == 0, PAD)
+    prompt[0, 2] = EOS
+    return prompt, attention
+
+
+def flat_grad(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def step(policy, reference=None, reward=None, B=4, lr=1.0, **kwargs):
+    """One remax_step of plain SGD: with no clipping, old weights minus new ones is the gradient."""
+    torch.manual_seed(5)
+    reward = reward or (lambda ys: ys.float().mean(1))
+    options = dict(eos_id=EOS, pad_id=PAD, max_new_tokens=7, greedy=True, kl_coef=0.1, micro_batch_size=2,
+                   max_grad_norm=1e9, dtype=torch.float32, home=torch.device("cpu")) | kwargs
+    return remax.remax_step(policy, reference, torch.optim.SGD(policy.parameters(), lr), torch.amp.GradScaler("cpu", enabled=False),
+                            reward, *prompts(B, vocab_size=policy.config.vocab_size), **options)
+
+
+@contextlib.contextmanager
+def recorded_logits(model):
+    """The logits of each forward call, as the caller sees them."""
+    seen = []
+    hook = model.register_forward_hook(lambda module, args, output: seen.append(output.logits[:, -1].float()))
+    yield seen
+    hook.remove()
+
+
+def run(*args, **env):
+    """remax.py as a user runs it: the finished process."""
+    return subprocess.run([sys.executable, str(ROOT / "remax.py"), *map(str, args)], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | env, timeout=300)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+
+
+# ------------------------------------------ the estimator ------------------------------------------
+
+@pytest.fixture(scope="module")
+def enumeration():
+    """Every response of up to 3 tokens of a 5-token policy, with its probability and reward."""
+    policy, reference = make(vocab_size=5, seed=3).double(), make(vocab_size=5, seed=4).double()
+    found = {}
+    for tokens in product(range(5), repeat=3):
+        if EOS in tokens:
+            tokens = tokens[:tokens.index(EOS) + 1] + (PAD,) * (2 - tokens.index(EOS))
+        found[tokens] = None
+    response = torch.tensor(list(found))
+    prompt = torch.tensor([[PAD, 3, 4]]).repeat(len(response), 1)
+    attention = torch.tensor([[0, 1, 1]]).repeat(len(response), 1)
+    mask = remax.response_mask(response, EOS)
+    reward = torch.rand(len(response), generator=torch.Generator().manual_seed(0)).double()
+    logprobs = remax.token_logprobs(policy, prompt, attention, response, mask)
+    ref_logprobs = remax.token_logprobs(reference, prompt, attention, response, mask).detach()
+    probability = logprobs.sum(1).exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+
+    def gradient(scalar):
+        policy.zero_grad()
+        scalar.backward(retain_graph=True)
+        return flat_grad(policy).clone()
+
+    def expected(baseline, kl_coef, probability=probability.detach()):
+        """sum_y p(y) * gradient of remax_loss(y): what many samples would give on average."""
+        rows = [remax.remax_loss(logprobs[i:i + 1], ref_logprobs[i:i + 1], mask[i:i + 1], reward[i:i + 1],
+                                 baseline[i:i + 1], kl_coef) for i in range(len(response))]
+        return gradient((torch.stack(rows) * probability).sum())
+
+    kl = (probability * (logprobs - ref_logprobs).sum(1)).sum()
+    exact = {beta: gradient(-(probability * reward).sum() + beta * kl) for beta in (0.0, 0.3)}
+    return expected, exact, reward, probability.detach()
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("baseline", [0.0, 0.7, -5.0])
+def test_estimator_is_unbiased_whatever_the_baseline(enumeration, beta, baseline):
+    expected, exact, reward, _ = enumeration
+    assert error(expected(torch.full_like(reward, baseline), beta), exact[beta]) < 1e-4
+
+
+def test_negative_controls_action_dependent_baseline_and_truncated_sampler_are_biased(enumeration):
+    expected, exact, reward, probability = enumeration
+    assert error(expected(0.5 * reward, 0.0), exact[0.0]) > 0.1
+    kept = probability * (probability >= probability.topk(10).values[-1])
+    top = [expected(torch.full_like(reward, b), 0.0, kept / kept.sum()) for b in (0.0, 5.0)]
+    assert error(top[0], exact[0.0]) > 0.1 and error(top[1], top[0]) > 0.5  # even the baseline moves it
+
+
+def test_loss_and_gradient_by_hand():
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)  # the last column is padding
+    ref_logprobs, mask = torch.tensor([[-1.5, -1.0, 50.0]]), torch.tensor([[1, 1, 0]])
+    loss = remax.remax_loss(logprobs, ref_logprobs, mask, torch.tensor([1.0]), torch.tensor([0.4]), 0.1)
+    assert loss.item() == pytest.approx(2.05) and "= 2.05." in remax.remax_loss.__doc__
+    loss.backward()
+    assert logprobs.grad.tolist()[0] == pytest.approx([-0.65, -0.7, 0.0])
+
+
+def test_loss_with_baseline_zero_is_reinforce_and_is_summed_over_tokens_and_averaged_over_rows():
+    logprobs, zero = torch.randn(3, 4), torch.zeros(3)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    reward = torch.tensor([1.0, 2.0, 3.0])
+    reinforce = -sum(reward[i] * logprobs[i, :n].sum() for i, n in enumerate((4, 1, 2))) / 3
+    assert remax.remax_loss(logprobs, 0.0, mask, reward, zero, 0.0).item() == pytest.approx(reinforce.item())
+
+
+def test_no_gradient_through_the_advantage():
+    logprobs, ref = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    reward, baseline = torch.randn(2, requires_grad=True), torch.zeros(2)
+    remax.remax_loss(logprobs, ref.detach(), torch.ones(2, 3), reward.detach(), baseline, 0.5).backward()
+    kl = (logprobs - ref).detach()
+    to_go = torch.stack([kl[:, t:].sum(1) for t in range(3)], 1)
+    assert torch.allclose(logprobs.grad, -(reward.detach()[:, None] - 0.5 * to_go) / 2, atol=1e-6)
+
+
+# ------------------------------------ masks, positions, log-probs ------------------------------------
+
+def test_mask_keeps_the_first_eos_and_drops_the_pads_when_pad_is_eos():
+    response = torch.tensor([[5, EOS, EOS, EOS], [5, 6, 7, 8], [EOS, 5, 6, EOS]])
+    assert remax.response_mask(response, EOS).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_column_t_is_token_t():
+    model = make()
+    ids = torch.tensor([[7, 8, 9, 10, 11]])
+    logprobs = model(ids).logits.float().log_softmax(-1)
+    by_hand = [logprobs[0, 1, 9], logprobs[0, 2, 10], logprobs[0, 3, 11]]  # position 1 predicts token 2
+    ones = torch.ones_like(ids)
+    got = remax.token_logprobs(model, ids[:, :2], ones[:, :2], ids[:, 2:], ones[:, 2:])
+    assert got[0].tolist() == pytest.approx([x.item() for x in by_hand], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padding_changes_no_logprob(kind):
+    model = make(kind)
+    torch.manual_seed(0)
+    prompt, response = torch.randint(3, 31, (1, 4)), torch.randint(3, 31, (1, 5))
+    ones = torch.ones_like
+    alone = remax.token_logprobs(model, prompt, ones(prompt), response, ones(response))
+    pads = prompt.new_zeros(1, 3)
+    padded = remax.token_logprobs(
+        model, torch.cat([pads, prompt], 1), torch.cat([pads, ones(prompt)], 1),
+        torch.cat([response, pads], 1), torch.cat([ones(response), pads], 1))
+    assert torch.allclose(alone, padded[:, :5], atol=2e-5) and padded[:, 5:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rollout_is_the_policy_and_its_greedy_half_is_generate(kind):
+    """Log-probs gathered while decoding equal token_logprobs, with left padding, to 2e-4 nats."""
+    model, (prompt, attention) = make(kind), prompts(B=6)
+    torch.manual_seed(2)
+    with recorded_logits(model) as seen:
+        response, greedy = remax.rollout(model, prompt, attention, 9, EOS, PAD)
+    decoded = torch.stack(seen, 1).log_softmax(-1)                                    # (2B,T,V)
+    for half, y in (decoded[:6], response), (decoded[6:], greedy):
+        mask = remax.response_mask(y, EOS)
+        gathered = half.gather(2, y[..., None])[..., 0] * mask
+        assert torch.allclose(gathered, remax.token_logprobs(model, prompt, attention, y, mask), atol=2e-4)
+    expected = model.generate(prompt, attention_mask=attention, do_sample=False, max_new_tokens=9,
+                              eos_token_id=EOS, pad_token_id=PAD)[:, 6:]
+    mask = remax.response_mask(greedy, EOS)[:, :expected.size(1)]
+    assert (greedy[:, :expected.size(1)] * mask == expected * mask).all()
+    assert (greedy[:, 1:] == PAD)[remax.response_mask(greedy, EOS)[:, 1:] == 0].all()  # pads after EOS
+
+
+def test_rollout_draws_from_the_full_softmax():
+    """20,000 first tokens against the model's own probabilities: chi-square, 30 degrees of freedom."""
+    model, prompt = make(), torch.full((20_000, 1), 5)
+    torch.manual_seed(0)
+    response, _ = remax.rollout(model, prompt, torch.ones_like(prompt), 1, EOS, PAD, greedy=False)
+    expected = model(prompt[:1]).logits[0, -1].softmax(-1) * 20_000
+    count = response[:, 0].bincount(minlength=31)
+    assert ((count - expected) ** 2 / expected).sum().item() < 70  # 99.99 % quantile
+
+
+def test_rollout_without_greedy_decodes_b_rows_and_stops_early():
+    model, (prompt, attention) = make(), prompts(B=3)
+    model.lm_head.weight.data[EOS] = model.lm_head.weight.data.abs().sum()  # EOS at once, whatever comes
+    model.transformer.ln_f.bias.data.fill_(1.0)
+    with recorded_logits(model) as seen:
+        response, greedy = remax.rollout(model, prompt, attention, 40, EOS, PAD, greedy=False)
+    assert greedy is None and seen[0].size(0) == 3
+    assert response.tolist() == [[EOS]] * 3 and len(seen) == 1
+
+
+def test_a_poisoned_generation_config_does_not_leak():
+    clean, poisoned = make(), make()
+    poisoned.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=5.0, min_new_tokens=9, max_length=3)
+    outputs = []
+    for model in clean, poisoned:
+        torch.manual_seed(0)
+        outputs.append(torch.cat(remax.rollout(model, *prompts(), 9, EOS, PAD)))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_dropout_is_off_in_train_mode(kind, tmp_path):
+    make(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(
+        config | {key: 0.5 for key, value in config.items() if "drop" in key and isinstance(value, float)}))
+    AutoTokenizer.from_pretrained(DATA / "tiny-policy").save_pretrained(tmp_path)
+    policy, *_ = remax.load_models(remax.Config(model=str(tmp_path), kl_coef=0), torch.device("cpu"), torch.float32)
+    ids = torch.randint(3, 31, (2, 8))
+    policy.train()
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+
+
+# --------------------------------------------- the step ---------------------------------------------
+
+def test_kl_is_zero_at_the_first_step_and_has_the_right_sign_later():
+    assert step(make(), make())["kl"] == 0.0
+    assert step(make(), make(seed=1))["kl"] > 0.1  # the policy's own samples are likelier under it
+
+
+def test_kl_of_two_known_distributions():
+    """Policy (0.9, 0.1), reference (0.5, 0.5): KL = 0.9 log 1.8 + 0.1 log 0.2 nats, as a mean of k1."""
+    p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
+    k1 = p.log() - q.log()
+    assert (p * k1).sum().item() == pytest.approx(0.3681, abs=1e-4)
+    logprobs = p.log()[:, None].requires_grad_()
+    remax.remax_loss(logprobs, q.log()[:, None], torch.ones(2, 1), torch.zeros(2), torch.zeros(2), 1.0).backward()
+    assert logprobs.grad[:, 0].tolist() == pytest.approx((k1 / 2).tolist())  # descent lowers what is too likely
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_micro_batch_size_does_not_change_the_gradient(size):
+    """Sorted by length, cut to their longest response, of unequal sizes: the same gradient."""
+    gradients = []
+    for micro_batch_size in (8, size):
+        policy = make(vocab_size=7)
+        before = weights(policy)
+        row = step(policy, make(vocab_size=7, seed=1), B=8, micro_batch_size=micro_batch_size)
+        gradients.append(before - weights(policy))
+    assert row["tokens"] < 7 and error(*gradients) < 1e-5
+
+
+def test_the_update_is_the_gradient_of_remax_loss_on_the_unsorted_batch():
+    policy, reference = make(), make(seed=1)
+    torch.manual_seed(5)
+    response, greedy = remax.rollout(policy, *prompts(), 7, EOS, PAD)
+    mask = remax.response_mask(response, EOS)
+    logprobs = remax.token_logprobs(policy, *prompts(), response, mask)
+    ref_logprobs = remax.token_logprobs(reference, *prompts(), response, mask).detach()
+    remax.remax_loss(logprobs, ref_logprobs, mask, response.float().mean(1), greedy.float().mean(1), 0.1).backward()
+    expected, before = flat_grad(policy), weights(policy)
+    policy.zero_grad()
+    step(policy, reference)
+    assert error(before - weights(policy), expected) < 1e-4
+
+
+def test_equal_rewards_give_no_gradient_and_are_counted():
+    policy = make()
+    before = weights(policy)
+    row = step(policy, reward=lambda ys: torch.ones(len(ys)), kl_coef=0.0)
+    assert torch.equal(before, weights(policy)) and row["zero_advantage"] == 1 and row["advantage"] == 0
+
+
+def test_baseline_comes_from_the_greedy_rows():
+    calls = []
+
+    def reward(ys):
+        calls.append(ys)
+        return torch.arange(len(ys)).float()
+    row = step(make(), reward=reward)
+    _, greedy = remax.rollout(make(), *prompts(), 7, EOS, PAD)
+    assert len(calls) == 1 and calls[0].size(0) == 8  # one call, sampled rows first
+    T = min(greedy.size(1), calls[0].size(1))
+    assert torch.equal(calls[0][4:, :T], greedy[:, :T])
+    assert row["reward"] == 1.5 and row["greedy_reward"] == 5.5 and row["advantage"] == -4
+    row = step(make(), reward=reward, greedy=False)
+    assert len(calls[1]) == 4 and row["greedy_reward"] is None and row["advantage"] == 1.5
+
+
+def test_checkpointing_changes_no_update():
+    results = []
+    for checkpointing in False, True:
+        policy = make()
+        if checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append((step(policy, make(seed=1))["reward"], weights(policy)))
+    assert results[0][0] == results[1][0] and torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def test_weights_as_gives_the_own_weights_back():
+    model = make()
+    before, layers = weights(model), [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(KeyError), remax.weights_as(model, torch.bfloat16):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        raise KeyError
+    assert torch.equal(before, weights(model)) and layers == [p.data_ptr() for p in model.parameters()]
+
+
+# ------------------------------------------ prompts, rewards ------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "txt"])
+def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
+    import datasets
+    data = datasets.Dataset.from_dict({"prompt": [f"{i} film plots were told to us" for i in range(20)], "answer": list(range(20))})
+    path = str(tmp_path / f"prompts.{suffix}")
+    if suffix == "txt":
+        Path(path).write_text("\n".join(data["prompt"]))
+    else:
+        {"jsonl": data.to_json, "json": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[suffix](path)
+    rows, held_out = remax.load_prompts(path, "prompt", tokenizer, 5)
+    assert len(rows) == 16 and len(held_out) == 4 and all(len(row["ids"]) == 5 for row in rows)
+    for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
+        assert row["columns"]["prompt"] == tokenizer.decode(row["ids"])
+        assert suffix == "txt" or row["text"].split()[0] == str(row["columns"]["answer"])
+
+
+def test_chat_prompts_go_through_the_template_once(tokenizer, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy", chat_template=TEMPLATE)
+    lines = [{"chat": [{"role": "user", "content": "The plot" * (1 + 40 * (i == 3))}], "n": i} for i in range(10)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows, held_out = remax.load_prompts(str(tmp_path / "chat.jsonl"), "chat", tokenizer, 60)
+    assert len(rows) + len(held_out) == 9  # the long one is dropped, not cut
+    for row in rows:
+        assert row["ids"].count(tokenizer.bos_token_id) == 1
+        assert tokenizer.decode(row["ids"]).endswith("The plot\n[assistant]")
+    seen = {}
+
+    def reward(prompts, completions, n, **kwargs):
+        seen.update(prompts=prompts, completions=completions, n=n)
+        return [0.0] * len(n)
+    remax.score(reward, tokenizer, rows[:2], torch.full((4, 3), 5))
+    assert seen["prompts"][0] == lines[seen["n"][0]]["chat"] and seen["n"][:2] == seen["n"][2:]
+    assert seen["completions"][0][0]["role"] == "assistant"
+
+
+def test_reward_columns_stay_aligned_with_rows(tokenizer, tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"The plot {i}", "answer": i}) for i in range(20)))
+    rows, _ = remax.load_prompts(str(tmp_path / "p.jsonl"), "prompt", tokenizer, 64)
+
+    def reward(prompts, completions, answer, **kwargs):
+        assert all(p == f"The plot {a}" for p, a in zip(prompts, answer)) and len(completions) == 8
+        return [float(a) for a in answer]
+    ids = torch.tensor(tokenizer([" was brilliant."])["input_ids"]).repeat(8, 1)
+    rewards, texts = remax.score(reward, tokenizer, rows[:4], ids)
+    assert rewards.tolist() == [row["columns"]["answer"] for row in rows[:4]] * 2
+    assert texts == [" was brilliant."] * 8
+
+
+def test_reward_model_ignores_padding_and_reads_the_last_label():
+    reward = remax.load_reward(str(DATA / "tiny-reward"), torch.float32, torch.device("cpu"), torch.device("cpu"))
+    prompts, answers = ["The plot", "The music of this western"], [" was superb.", " put me to sleep. I hated it, and I left the cinema angry."]
+    together = reward(prompts=prompts, completions=answers)
+    alone = [reward(prompts=[p], completions=[a]).item() for p, a in zip(prompts, answers)]
+    assert together.tolist() == pytest.approx(alone, abs=1e-6) and alone[0] > 0.9 > 0.1 > alone[1]
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_reward_of_a_gpt2_classifier(tmp_path, labels):
+    """No pad token, so pad is EOS; one label is its logit, several the probability of the last."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=700, n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=labels)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
+    tokenizer.save_pretrained(tmp_path)
+    reward = remax.load_reward(str(tmp_path), torch.float32, torch.device("cpu"), torch.device("cpu"))
+    texts = ["The plot was superb.", "It was dreadful and the cast put me to sleep."]
+    got = reward(prompts=["", ""], completions=texts)
+    for text, value in zip(texts, got):
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert value.item() == pytest.approx((logits[0] if labels == 1 else logits.softmax(0)[-1]).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [1.0, float("inf")]])
+def test_unusable_rewards_stop_the_run(tokenizer, answer):
+    rows = [{"ids": [5], "text": "a", "columns": {"prompt": "a"}}] * 2
+    with pytest.raises(ValueError, match="--reward"):
+        remax.score(lambda **kwargs: answer, tokenizer, rows, torch.full((2, 3), 5))
+
+
+# --------------------------------------------- whole runs ---------------------------------------------
+
+COLUMNS = {"step", "reward", "greedy_reward", "advantage", "zero_advantage", "kl", "entropy", "tokens", "eos",
+           "grad_norm", "loss", "lr", "rollout_seconds", "score_seconds", "update_seconds", "peak_memory_gb"}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    remax.main(["--output-dir", str(folder), "--steps", "24", "--eval-every", "12"])
+    return folder
+
+
+def test_tiny_world_learns(tiny_run):
+    rows = metrics(tiny_run)
+    evals, train = [r for r in rows if "eval_reward" in r], [r for r in rows if "reward" in r]
+    assert [r["step"] for r in evals] == [0, 12, 24] and [r["step"] for r in train] == list(range(1, 25))
+    assert 0.35 < evals[0]["eval_reward"] < 0.65 and evals[-1]["eval_reward"] > 0.85
+    assert evals[0]["eval_kl"] == 0 and 0.1 < evals[-1]["eval_kl"] < 5
+    assert all(set(r) >= COLUMNS for r in train) and train[0]["kl"] == 0 and train[-1]["kl"] > 0.1
+    assert all(0 < r["tokens"] <= 40 and 0 <= r["eos"] <= 1 and r["entropy"] > 0 for r in train)
+
+
+def test_saved_model_is_the_checkpoint_but_for_its_weights(tiny_run):
+    original, saved = DATA / "tiny-policy", tiny_run / "model"
+    for name in "config.json", "generation_config.json":
+        a, b = (json.loads((folder / name).read_text()) for folder in (original, saved))
+        assert a == b, name
+    assert json.loads((saved / "config.json").read_text())["resid_pdrop"] == 0.1
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, saved))
+    assert not torch.equal(weights(before), weights(after))
+    text = "The plot was"
+    assert AutoTokenizer.from_pretrained(saved)(text) == AutoTokenizer.from_pretrained(original)(text)
+    assert AutoTokenizer.from_pretrained(saved).pad_token is None
+    assert json.loads((tiny_run / "args.json").read_text())["steps"] == 24
+
+
+def test_the_same_seed_gives_the_same_metrics(tiny_run, tmp_path):
+    """To the bit, on a CPU; nor do evaluations touch the noise of training."""
+    remax.main(["--output-dir", str(tmp_path), "--steps", "3", "--eval-every", "1", "--lr", "0"])
+    remax.main(["--output-dir", str(tmp_path / "b"), "--steps", "3", "--eval-every", "3", "--lr", "0"])
+    a, b = ([{k: v for k, v in r.items() if "seconds" not in k and k != "peak_memory_gb"} for r in metrics(folder)
+             if "reward" in r] for folder in (tmp_path, tmp_path / "b"))
+    assert a == b and a[0]["reward"] == metrics(tiny_run)[1]["reward"]
+
+
+def hub(cache, name, folder):
+    """Put a checkpoint into a local hub cache, where from_pretrained(name) finds it offline."""
+    repo = cache / ("models--" + name.replace("/", "--"))
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    (repo / "snapshots" / ("0" * 40)).symlink_to(folder, target_is_directory=True)
+
+
+def test_gpt2_large_by_name_from_a_local_hub_cache(tmp_path):
+    """The command the project exists for; a small stand-in answers to the name, the defaults are its own."""
+    hub(tmp_path / "hub", "gpt2-large", DATA / "tiny-policy")
+    hub(tmp_path / "hub", "lvwerra/distilbert-imdb", DATA / "tiny-reward")
+    done = run("--model", "gpt2-large", "--steps", "2", "--output-dir", tmp_path / "out", HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / "out" / "args.json").read_text())
+    assert args["reward"] == "lvwerra/distilbert-imdb" and args["max_new_tokens"] == 48 and args["lr"] == 1e-6
+    assert "eval_reward" in done.stdout and "rollout_seconds" in done.stdout
+    assert [r["step"] for r in metrics(tmp_path / "out")] == [0, 1, 2, 2]
+
+
+def test_reward_function_from_a_file_without_kl(tmp_path):
+    (tmp_path / "short.py").write_text("def short(prompts, completions, **kwargs):\n    return [-len(c) / 100 for c in completions]\n")
+    remax.main(["--reward", f"{tmp_path}/short.py:short", "--kl-coef", "0", "--baseline", "none", "--steps", "2",
+                "--output-dir", str(tmp_path / "out")])
+    rows = metrics(tmp_path / "out")
+    assert rows[1]["kl"] is None and rows[1]["greedy_reward"] is None and rows[1]["reward"] < 0
+    assert rows[0]["eval_kl"] is None and rows[0]["eval_greedy_reward"] < 0
+
+
+def test_help_names_every_flag_and_the_tiny_defaults():
+    done = run("--help", COLUMNS="100")
+    assert done.returncode == 0 and "tiny-reward" in done.stdout
+    for field in remax.Config.__dataclass_fields__:
+        assert "--" + field.replace("_", "-") in done.stdout
+
+
+def test_the_files_bounds():
+    lines = (ROOT / "remax.py").read_text().splitlines()
+    assert len(lines) <= 400 and max(map(len, lines)) <= 100
