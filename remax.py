@@ -20,6 +20,7 @@ V vocabulary; x prompt, y response, ybar greedy, r reward, b baseline, A advanta
   python remax.py --model gpt2-large     # one GPU: film reviews, rewarded for being positive
 """
 import argparse
+import gc
 import inspect
 import json
 import random
@@ -74,38 +75,37 @@ class Config:  # a flag a line; the comment is what --help prints
 
 # ========================================= THE ALGORITHM =========================================
 # Functions of tensors, scalars and a model: no config, no tokenizer, no global. Paste any of them.
-@torch.no_grad()
+@torch.inference_mode()
 def rollout(policy, prompt, attention, max_new_tokens, eos_id, pad_id, greedy=True):
     """Draw y ~ pi(.|x) and decode the greedy ybar, in one loop over 2B rows.
-
     prompt, attention: (B,P), padded on the left. Returns response (B,T) and greedy (B,T) or None,
     with pad_id after the first eos_id. policy must be in eval() mode: in train() mode gradient
     checkpointing drops the cache, silently. Not generate(): it samples from the top 50 unless told
     (transformers#38549) and obeys the checkpoint's generation_config (trl#5783), so it is not pi.
     """
-    B, P = prompt.shape
+    (B, P), rows, start, last = prompt.shape, len(prompt), 0, prompt.size(1) + max_new_tokens - 1
     ids = torch.cat([prompt, prompt.new_full((B, max_new_tokens), pad_id)], 1).repeat(1 + greedy, 1)
     attention = torch.cat([attention, torch.ones_like(ids[:B, P:])], 1).repeat(1 + greedy, 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)                                 # (2B,P+T)
     takes_positions = "position_ids" in inspect.signature(policy.forward).parameters
     cache = StaticCache(config=policy.config, max_cache_len=P + max_new_tokens)
     done = torch.zeros_like(ids[:, 0], dtype=torch.bool)                               # (2B,)
-    start, last = 0, P + max_new_tokens - 1
-    for end in range(P, last + 1):  # reads the whole prompt first, then a column a turn
-        position = {"position_ids": positions[:, start:end]} if takes_positions else {}
-        logits = policy(ids[:, start:end], attention_mask=attention, past_key_values=cache,
-                        use_cache=True, logits_to_keep=1, **position).logits[:, -1].float()
-        probs = logits[:B].softmax(-1)                                                 # (B,V)
-        # argmax of p / Exp(1) is v with probability p_v: a multinomial that never waits for the GPU
-        sampled = (probs / torch.empty_like(probs).exponential_()).argmax(-1)          # (B,) y_t
-        best = logits[B:].argmax(-1)                                                   # (B,) ybar_t
-        ids[:, end] = torch.cat([sampled, best]).masked_fill(done, pad_id)             # (2B,)
+    for end in range(P, last + 1):  # B prompts are read once; then 2B rows go on, a column a turn
+        position = {"position_ids": positions[:rows, start:end]} if takes_positions else {}
+        logits = policy(ids[:rows, start:end], attention_mask=attention[:rows], use_cache=True,
+                        past_key_values=cache, logits_to_keep=1, **position).logits[:, -1].float()
+        cdf = logits[:B].softmax(-1).double().cumsum(-1)                               # (B,V)
+        sampled = torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:])   # (B,1) y_t
+        best = logits[-B:].argmax(-1, keepdim=True)                                # (B,1) ybar_t
+        token = torch.cat([sampled, best] if greedy else [sampled])[:, 0]              # (2B,)
+        ids[:, end] = token.masked_fill(done, pad_id)
         done |= ids[:, end] == eos_id
-        start = end
         if (end % 16 == 0 or end == last or not done.is_cuda) and done.all():  # asking a GPU waits
             break
-    response = ids[:, P:end + 1]                                                       # (2B,T)
-    return response[:B], response[B:] if greedy else None
+        if greedy and start == 0:
+            rows = cache.reorder_cache(torch.arange(B, device=ids.device).repeat(2)) or 2 * B
+        start = end
+    return ids[:B, P:end + 1], ids[B:, P:end + 1] if greedy else None                  # (B,T) each
 
 
 def response_mask(response, eos_id):
@@ -128,13 +128,12 @@ def token_logprobs(model, prompt, attention, response, mask):
         return logits.gather(1, token[:, None])[:, 0].float() - logits.float().logsumexp(1)
 
     # Recomputed in the backward pass row by row: no float32 copy of all logits is ever kept.
-    rows = [checkpoint(pick, *row, use_reentrant=False) for row in zip(logits, response)]
+    rows = [checkpoint(pick, *row, use_reentrant=False) for row in zip(logits, ids[:, -T:])]
     return torch.stack(rows).masked_fill(mask == 0, 0.0)                               # (B,T)
 
 
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1; full-step KL of App. B).
-
     logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
     alone. With baseline = 0 this is REINFORCE, literally.
     By hand, one row: logprobs (-1, -2), ref_logprobs (-1.5, -1), r = 1, b = 0.4, beta = 0.1: KL is
@@ -314,14 +313,14 @@ def evaluate(policy, reference, reward, tokenizer, rows, dtype, home, cfg):
         torch.manual_seed(0)  # the same noise every time; training's is left alone
         for i in range(0, len(rows), cfg.batch_size):
             part = rows[i:i + cfg.batch_size]
-            x = collate(tokenizer, part, cfg.device)                                   # (B,P) twice
+            x = *collate(tokenizer, part, cfg.device),                                 # (B,P) twice
             response, greedy = rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id)  # (B,T) each
             scores, texts = score(reward, tokenizer, part, torch.cat([response, greedy]))  # (2B,)
             sums[:2] += scores.view(2, -1).sum(1).cpu()
             if reference is not None:
-                y = response, response_mask(response, eos_id)                          # (B,T) twice
-                sums[2] += token_logprobs(policy, *x, *y).sum().cpu()
-                sums[2] -= token_logprobs(reference.to(cfg.device), *x, *y).sum().cpu()
+                x += response, response_mask(response, eos_id)                         # (B,T) twice
+                kl = token_logprobs(policy, *x) - token_logprobs(reference.to(cfg.device), *x)
+                sums[2] += kl.sum().cpu()
                 reference.to(home)
             for j in range(3 if i == 0 else 0):
                 tqdm.write(f"> {part[j]['text']}\n  sampled {scores[j]:6.3f}  {texts[j]!r}\n"
@@ -369,6 +368,7 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(vars(cfg), indent=2))
     log = open(folder / "metrics.jsonl", "w", buffering=1)
+    gc.freeze()  # or Python looks for garbage in all that was imported, again and again
     for step in (bar := tqdm(range(cfg.steps + 1))):
         if step > 0:  # 0 is before training
             epoch, i = divmod((step - 1) * cfg.batch_size, len(rows) - len(rows) % cfg.batch_size)
@@ -392,8 +392,8 @@ def main(argv=None):
     logged = [json.loads(line) for line in open(log.name)]
     spent = {key: sum(r.get(key, 0) for r in logged) for key in row if key.endswith("_seconds")}
     print(*(f"{k:20}{logged[0][k]!s:.6} -> {v!s:.6}" for k, v in figures.items()), sep="\n")
-    print(*(f"{k:20}{v:.1f} ({v / sum(spent.values()):.0%})" for k, v in spent.items()), sep="\n")
-    print(f"written to          {folder}")
+    print(*(f"{k:20}{v:.1f} ({v / sum(spent.values()):.0%})" for k, v in spent.items()),
+          f"written to          {folder}", sep="\n")
 
 
 if __name__ == "__main__":

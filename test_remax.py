@@ -222,6 +222,7 @@ def test_rollout_is_the_policy_and_its_greedy_half_is_generate(kind):
     torch.manual_seed(2)
     with recorded_logits(model) as seen:
         response, greedy = remax.rollout(model, prompt, attention, 9, EOS, PAD)
+    seen[0] = seen[0].repeat(2, 1)  # the prompts are read once, for both halves
     decoded = torch.stack(seen, 1).log_softmax(-1)                                    # (2B,T,V)
     for half, y in (decoded[:6], response), (decoded[6:], greedy):
         mask = remax.response_mask(y, EOS)

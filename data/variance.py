@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Does the greedy baseline lower the variance of the gradient? ReMax against REINFORCE, measured.
+
+    python remax.py                                                    # trains runs/tiny-policy-0
+    python data/variance.py --trained runs/tiny-policy-0/model         # minutes on one CPU core
+
+Policy and prompts stay fixed, nothing is updated. An estimate is the gradient of remax_loss over one
+new response to each of --batch prompts, before clipping. Both arms see the same responses and the
+same KL penalty; they differ in the baseline alone: the reward of the greedy answer, or 0. Variance
+is the trace of the covariance, sum_i |g_i - mean|^2 / (n - 1). The ratio is greedy / none: below 1
+the baseline helps. Its 95 % interval is a paired bootstrap over the estimates; it does not cover the
+choice of the prompts, which --seeds 0 1 2 ... varies (a row each). "start" is data/tiny-policy, also
+the reference of the KL penalty throughout; "end" is --trained.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shlex
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+import transformers
+from tqdm import tqdm
+
+import remax
+
+CPU = torch.device("cpu")
+
+
+def estimates(policy, reference, reward, tokenizer, rows, n, cfg):
+    """n gradients of each arm, greedy and none, flat: (2,n,D); mean reward, sampled and greedy."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    x = list(remax.collate(tokenizer, rows, CPU))                                  # (B,P) twice
+    parameters = list(policy.eval().parameters())
+    grads = torch.empty(2, n, sum(p.numel() for p in parameters))
+    _, greedy = remax.rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id)      # (B,T)
+    baseline, _ = remax.score(reward, tokenizer, rows, greedy)                     # (B,): no noise
+    rewards = torch.zeros(n)
+    for i in tqdm(range(n), leave=False):
+        y, _ = remax.rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id, greedy=False)  # (B,T)
+        r, _ = remax.score(reward, tokenizer, rows, y)                             # (B,)
+        mask, rewards[i] = remax.response_mask(y, eos_id), r.mean()
+        with torch.no_grad():
+            ref = remax.token_logprobs(reference, *x, y, mask)                     # (B,T)
+        logprobs = remax.token_logprobs(policy, *x, y, mask)                       # (B,T)
+        for arm, b in enumerate((baseline, torch.zeros_like(baseline))):
+            loss = remax.remax_loss(logprobs, ref, mask, r, b, cfg.kl_coef)
+            parts = torch.autograd.grad(loss, parameters, retain_graph=arm == 0)
+            grads[arm, i] = torch.cat([part.flatten() for part in parts])
+    return grads, rewards.mean().item(), baseline.mean().item()
+
+
+def variances(grads, counts):
+    """Unbiased trace of the covariance of gradients (n,D) for rows of counts (R,n), sum n -> (R,)
+
+    All of it follows from the inner products: n * (n - 1) times it is n * sum |g|^2 - |sum g|^2.
+    """
+    n = len(grads)
+    grads = grads - grads.mean(0)  # no difference of large numbers
+    products = (grads @ grads.T).double()                                          # (n,n)
+    squares, sums = counts @ products.diag(), ((counts @ products) * counts).sum(1)  # (R,) twice
+    return (squares - sums / n) / (n - 1)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trained", help="model folder of a finished run; without it: start alone")
+    parser.add_argument("--estimates", type=int, default=200, help="gradients per arm [200]")
+    parser.add_argument("--batch", type=int, default=8, help="prompts per gradient [8]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="prompts and samples [0]")
+    parser.add_argument("--out", default="data/results/variance.jsonl", help="appended to")
+    args = parser.parse_args(argv)
+    if args.trained and not (Path(args.trained) / "config.json").is_file():
+        parser.error(f"--trained {args.trained}: no model there; python remax.py makes one")
+    if args.estimates < 2:
+        parser.error("--estimates: at least 2, or there is no variance")
+    cfg = remax.parse(["--device", "cpu"])  # without --model: remax.TINY
+    start, reference, tokenizer, _ = remax.load_models(cfg, CPU, torch.float32)
+    policies = {"start": start}
+    if args.trained:
+        policies["end"] = remax.load_models(dataclasses.replace(cfg, model=args.trained),
+                                            CPU, torch.float32)[0]
+    reward = remax.load_reward(cfg.reward, torch.float32, CPU, CPU)
+    rows, _ = remax.load_prompts(cfg.prompts, cfg.prompt_column, tokenizer, cfg.max_prompt_tokens)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    for seed, (name, policy) in ((s, item) for s in args.seeds for item in policies.items()):
+        torch.manual_seed(seed)
+        grads, sampled, greedy = estimates(policy, reference, reward, tokenizer,
+                                           random.Random(seed).sample(rows, args.batch),
+                                           args.estimates, cfg)
+        n = args.estimates
+        draws = torch.randint(n, (10_000, n))
+        counts = torch.zeros(draws.shape).scatter_add_(1, draws, torch.ones(draws.shape))
+        counts = torch.cat([torch.ones(1, n), counts]).double()  # row 0: the estimates themselves
+        with_greedy, without = (variances(arm, counts) for arm in grads)           # (10001,) each
+        ratio = with_greedy / without
+        low, high = ratio[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        row = dict(model=name, estimates=n, batch=args.batch, ratio=ratio[0].item(), low=low,
+                   high=high, variance_greedy=with_greedy[0].item(), variance_none=without[0].item(),
+                   mean_reward=sampled, mean_greedy_reward=greedy, kl_coef=cfg.kl_coef,
+                   command=shlex.join(["python", *sys.argv]), torch=torch.__version__,
+                   transformers=transformers.__version__, seed=seed)
+        with open(args.out, "a") as out:
+            out.write(json.dumps(row) + "\n")
+        verdict = "helps" if high < 1 else "hurts" if low > 1 else "makes no clear difference"
+        print(f"{name:5} seed {seed}: variance {row['variance_greedy']:.4g} with the greedy baseline, "
+              f"{row['variance_none']:.4g} without: ratio {row['ratio']:.3f} [{low:.3f}, {high:.3f}], "
+              f"it {verdict}; reward {sampled:.3f}, greedy {greedy:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
