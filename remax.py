@@ -202,9 +202,9 @@ def remax_step(policy, reference, optimizer, scaler, score, prompt, attention, *
     optimizer.zero_grad()
     # ---- diagnostics only below: means over the whole batch ----
     row = dict(reward=reward, greedy_reward=baseline if greedy else None, grad_norm=grad_norm,
-               advantage=reward - baseline, zero_advantage=reward == baseline, loss=sums[0] / B,
+               advantage=reward - baseline, zero_advantage=reward == baseline, tokens=mask.sum(1),
                kl=None if reference is None else sums[1] / B, entropy=sums[2] / mask.sum(),
-               tokens=mask.sum(1), eos=(responses[0] == eos_id).any(1))
+               loss=sums[0] / B, eos=(responses[0] == eos_id).any(1), skipped=~grad_norm.isfinite())
     row = {key: v if v is None else v.float().mean().item() for key, v in row.items()}
     spans = [end - start for start, end in zip(times, times[1:] + [time.perf_counter()])]
     return row | dict(zip(("rollout_seconds", "score_seconds", "update_seconds"), spans))

@@ -364,6 +364,82 @@ def test_weights_as_gives_the_own_weights_back():
     assert torch.equal(before, weights(model)) and layers == [p.data_ptr() for p in model.parameters()]
 
 
+# ---------------------------------------- memory and precision ----------------------------------------
+
+def test_parked_models_change_nothing(tmp_path):
+    """--offload: the same metrics and weights, to the bit (on a CPU: the way there and back)."""
+    for name, flags in ("a", []), ("b", ["--offload"]):
+        remax.main(["--steps", "2", "--eval-every", "2", "--output-dir", str(tmp_path / name), *flags])
+    a, b = ([{k: v for k, v in r.items() if "seconds" not in k and k != "peak_memory_gb"} for r in metrics(tmp_path / name)]
+            for name in "ab")
+    assert a == b
+    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--optimizer", "adafactor", "--lr", "5e-3"],
+                                   ["--gradient-checkpointing", "--micro-batch-size", "5"]])
+def test_other_flags_learn_too(tmp_path, flags):
+    remax.main(["--steps", "8", "--eval-every", "8", "--output-dir", str(tmp_path), *flags])
+    rows = metrics(tmp_path)
+    assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.05 and abs(rows[1]["kl"]) < 0.1
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").parameters()} == {torch.float32}
+
+
+def test_no_float32_copy_of_all_logits_is_kept_for_the_backward_pass():
+    """What autograd saves between forward and backward holds no (B,T,V) float32 tensor."""
+    model, ids = make().bfloat16(), torch.randint(3, 31, (4, 9))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        remax.token_logprobs(model, ids[:, :3], torch.ones_like(ids[:, :3]), ids[:, 3:], torch.ones_like(ids[:, 3:]))
+    assert not any(t.dtype == torch.float32 and t.numel() >= 4 * 6 * 31 for t in saved)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def gpu_step(dtype, checkpointing=False, scale=None, **kwargs):
+    torch.manual_seed(5)
+    policy = make().cuda()
+    if checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16, **({"init_scale": scale} if scale else {}))
+    before = weights(policy)
+    prompt, attention = (x.cuda() for x in prompts())
+    row = remax.remax_step(
+        policy, make().cuda().to(dtype), torch.optim.AdamW(policy.parameters(), 1e-2, fused=True), scaler,
+        lambda ys: ys.float().mean(1), prompt, attention, eos_id=EOS, pad_id=PAD, max_new_tokens=7, greedy=True,
+        kl_coef=0.1, micro_batch_size=2, max_grad_norm=1e9, dtype=dtype, home=torch.device(kwargs.get("home", "cuda")))
+    return row, (weights(policy) - before).abs().max().item()
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_step_in_every_precision(dtype):
+    row, change = gpu_step(dtype)
+    assert change > 0 and row["skipped"] == 0 and abs(row["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
+
+
+@cuda
+def test_cuda_fp16_overflow_skips_the_step_and_counts_it():
+    row, change = gpu_step(torch.float16, scale=2.0 ** 60)
+    assert change == 0 and row["skipped"] == 1
+
+
+@cuda
+def test_cuda_gradient_checkpointing_changes_no_update():
+    assert gpu_step(torch.float32)[1] == pytest.approx(gpu_step(torch.float32, checkpointing=True)[1], rel=1e-3)
+
+
+@cuda
+def test_cuda_peak_memory_stays_in_its_budget_and_offload_lowers_it(tmp_path):
+    peaks = []
+    for flags in [], ["--offload", "--micro-batch-size", "1"]:
+        torch.cuda.reset_peak_memory_stats()
+        remax.main(["--steps", "2", "--device", "cuda", "--output-dir", str(tmp_path / str(len(flags))), *flags])
+        peaks.append(metrics(tmp_path / str(len(flags)))[-2]["peak_memory_gb"])
+    assert peaks[1] <= peaks[0] < 0.3  # 0.9M parameters at 16 bytes, and rollouts of 64 rows
+
+
 # ------------------------------------------ prompts, rewards ------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reward, greedy reward, KL and gradient norm of any runs of remax.py, drawn against the step.
+"""Reward, greedy reward, KL and gradient norm of any runs of remax.py against the step.
 
     python data/plot.py --out figure.svg --arm ReMax runs/a runs/b --arm REINFORCE runs/c runs/d
 
@@ -10,17 +10,18 @@ greedy reward is dots only. The suffix of --out decides: .svg or .png. Needs: pi
 """
 import argparse
 import json
-import math
-import statistics
+import re
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
-# Text stays text and nothing is drawn from a clock or at random: the same runs, the same bytes.
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "remax", "font.size": 9,
-                            "axes.spines.top": False, "axes.spines.right": False})
+# Text stays text; no date, no random id: the same runs give the same bytes.
+matplotlib.rcParams.update({
+    "svg.fonttype": "none", "svg.hashsalt": "remax", "font.sans-serif": "DejaVu Sans",
+    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
 import matplotlib.pyplot as plt
+import numpy as np
 
 PANELS = [("Reward of the sampled response", "reward", "eval_reward"),
           ("Reward of the greedy response", "greedy_reward", "eval_greedy_reward"),
@@ -34,61 +35,55 @@ def read(path):
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise SystemExit(f"plot.py: {file}: no such file or run folder")
-    rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, KeyError, TypeError):
-            raise SystemExit(f"plot.py: {file}:{number}: not a row of metrics: {line[:60]!r}")
-    return rows
+    try:
+        return [{"step": row["step"]} | row for row in map(json.loads, open(file))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"plot.py: {file}: a line is no row of metrics: {error!r}")
 
 
 def curve(runs, key):
-    """(steps, means, standard deviations) over the runs; null and non-finite values are left out."""
+    """Steps, means, standard deviations over the runs; null and non-finite values are left out."""
     values = {}
-    for row in (row for run in runs for row in run):
-        value = row.get(key)
-        if value is not None and math.isfinite(value):
-            values.setdefault(row["step"], []).append(value)
-    steps = sorted(values)
-    return (steps, [statistics.fmean(values[s]) for s in steps],
-            [statistics.stdev(values[s]) if len(values[s]) > 1 else 0.0 for s in steps])
+    for row in sum(runs, []):
+        if row.get(key) is not None and np.isfinite(row[key]):
+            values.setdefault(row["step"], []).append(row[key])
+    mean, sd = np.mean, lambda v: np.std(v, ddof=len(v) > 1)
+    return sorted(values), *(np.array([f(values[s]) for s in sorted(values)]) for f in (mean, sd))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="the figure, .svg or .png")
-    parser.add_argument("--arm", required=True, action="append", nargs="+", metavar="LABEL RUN",
-                        help="a label and its runs; once per arm")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, type=Path, help="the figure, .svg or .png")
+    parser.add_argument("--arm", required=True, action="append", nargs="+",
+                        metavar=("LABEL", "RUN"), help="a label and its runs; once per arm")
     args = parser.parse_args(argv)
-    if (suffix := Path(args.out).suffix) not in (".svg", ".png"):
+    if (suffix := args.out.suffix) not in (".svg", ".png"):
         parser.error(f"--out {args.out}: .svg or .png")
-    if short := [arm[0] for arm in args.arm if len(arm) < 2]:
-        parser.error(f"--arm {short[0]}: a label, then at least one run")
-    arms = [(label, [read(path) for path in paths]) for label, *paths in args.arm]
+    if min(map(len, args.arm)) < 2:
+        parser.error("--arm: a label, then at least one run")
+    arms = [(label, list(map(read, paths))) for label, *paths in args.arm]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, layout="constrained")
+    axes[0, 0].sharey(axes[0, 1])  # before anything is drawn
     for ax, (title, key, evaluated) in zip(axes.flat, PANELS):
+        ax.set_title(title)
         for i, (label, runs) in enumerate(arms):
-            style = dict(color=COLOURS[i % len(COLOURS)], zorder=3)
+            colour = COLOURS[i % len(COLOURS)]
             steps, mean, sd = curve(runs, key)
-            ax.plot(steps, mean, lw=1.5, label=f"{label} ({len(runs)})", **style)
-            if any(sd):
-                ax.fill_between(steps, [m - s for m, s in zip(mean, sd)],
-                                [m + s for m, s in zip(mean, sd)], alpha=0.2, lw=0, fc=style["color"])
-            if evaluated:
-                ax.plot(*curve(runs, evaluated)[:2], "o", ms=5, mec="white", mew=0.8, **style)
-        ax.set_title(title, loc="left", fontsize=10)
-        ax.grid(alpha=0.25, lw=0.6)
-    for ax in axes[1]:
-        ax.set_xlabel("step")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", frameon=False,
-                  ncols=len(arms))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    svg = dict(metadata={"Date": None, "Creator": None}) if suffix == ".svg" else dict(dpi=150)
-    figure.savefig(args.out, **svg)
-    print(f"{args.out}: " + ", ".join(f"{label}, {len(runs)} runs" for label, runs in arms))
+            ax.plot(steps, mean, color=colour, zorder=3, label=f"{label}, runs: {len(runs)}")
+            if sd.any():
+                ax.fill_between(steps, mean - sd, mean + sd, alpha=0.2, lw=0, fc=colour)
+            # smaller for later arms: dots on one spot all stay visible
+            ax.plot(*curve(runs, evaluated)[:2], "o", ms=max(7 - 2 * i, 2), color=colour, zorder=4)
+    axes[1, 1].set_ylim(bottom=0)
+    dot = plt.Line2D([], [], ls="", marker="o", ms=5, color="0.4", label="held-out prompts")
+    handles = axes[0, 0].get_legend_handles_labels()[0] + [dot]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    figure.supxlabel("step", fontsize=9)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None, "Creator": None} if suffix == ".svg" else None
+    figure.savefig(args.out, dpi=150, metadata=metadata)
+    if suffix == ".svg":  # 1/100 of a point is fine enough
+        args.out.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", args.out.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
 """Does the greedy baseline lower the variance of the gradient? ReMax against REINFORCE, measured.
 
-    python remax.py                                                    # trains runs/tiny-policy-0
-    python data/variance.py --trained runs/tiny-policy-0/model         # minutes on one CPU core
+    python remax.py                                             # trains runs/tiny-policy-0
+    python data/variance.py --trained runs/tiny-policy-0/model  # a minute on one CPU core
 
-Policy and prompts stay fixed, nothing is updated. An estimate is the gradient of remax_loss over one
+Policy and prompts stay fixed, nothing is updated. An estimate is the gradient of remax_loss over a
 new response to each of --batch prompts, before clipping. Both arms see the same responses and the
-same KL penalty; they differ in the baseline alone: the reward of the greedy answer, or 0. Variance
-is the trace of the covariance, sum_i |g_i - mean|^2 / (n - 1). The ratio is greedy / none: below 1
-the baseline helps. Its 95 % interval is a paired bootstrap over the estimates; it does not cover the
-choice of the prompts, which --seeds 0 1 2 ... varies (a row each). "start" is data/tiny-policy, also
-the reference of the KL penalty throughout; "end" is --trained.
+same KL penalty; the baseline alone differs: the reward of the greedy answer, or 0. Variance is the
+trace of the covariance, sum_i |g_i - mean|^2 / (n - 1). The ratio is greedy / none: below 1 the
+baseline helps. Its 95 % interval is a paired bootstrap over the estimates. The choice of prompts is
+not in it: --seeds 0 1 2 gives a row each. "start" is data/tiny-policy, which is also the reference
+of the KL penalty throughout; "end" is --trained.
 """
 import argparse
-import dataclasses
 import json
 import os
 import random
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -56,20 +56,16 @@ def estimates(policy, reference, reward, tokenizer, rows, n, cfg):
 
 
 def variances(grads, counts):
-    """Unbiased trace of the covariance of gradients (n,D) for rows of counts (R,n), sum n -> (R,)
-
-    All of it follows from the inner products: n * (n - 1) times it is n * sum |g|^2 - |sum g|^2.
-    """
+    """Trace of the covariance of gradients (n,D), unbiased, each counted (R,n) times -> (R,)"""
     n = len(grads)
     grads = grads - grads.mean(0)  # no difference of large numbers
     products = (grads @ grads.T).double()                                          # (n,n)
-    squares, sums = counts @ products.diag(), ((counts @ products) * counts).sum(1)  # (R,) twice
-    return (squares - sums / n) / (n - 1)
+    # sum |g - mean|^2 = sum |g|^2 - |sum g|^2 / n: the inner products are enough
+    return (counts @ products.diag() - (counts @ products * counts).sum(1) / n) / (n - 1)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trained", help="model folder of a finished run; without it: start alone")
     parser.add_argument("--estimates", type=int, default=200, help="gradients per arm [200]")
     parser.add_argument("--batch", type=int, default=8, help="prompts per gradient [8]")
@@ -78,40 +74,36 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.trained and not (Path(args.trained) / "config.json").is_file():
         parser.error(f"--trained {args.trained}: no model there; python remax.py makes one")
-    if args.estimates < 2:
+    if (n := args.estimates) < 2:
         parser.error("--estimates: at least 2, or there is no variance")
     cfg = remax.parse(["--device", "cpu"])  # without --model: remax.TINY
     start, reference, tokenizer, _ = remax.load_models(cfg, CPU, torch.float32)
     policies = {"start": start}
     if args.trained:
-        policies["end"] = remax.load_models(dataclasses.replace(cfg, model=args.trained),
-                                            CPU, torch.float32)[0]
+        policies["end"] = remax.load_models(replace(cfg, model=args.trained), CPU, torch.float32)[0]
     reward = remax.load_reward(cfg.reward, torch.float32, CPU, CPU)
     rows, _ = remax.load_prompts(cfg.prompts, cfg.prompt_column, tokenizer, cfg.max_prompt_tokens)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for seed, (name, policy) in ((s, item) for s in args.seeds for item in policies.items()):
         torch.manual_seed(seed)
-        grads, sampled, greedy = estimates(policy, reference, reward, tokenizer,
-                                           random.Random(seed).sample(rows, args.batch),
-                                           args.estimates, cfg)
-        n = args.estimates
+        batch = random.Random(seed).sample(rows, args.batch)
+        grads, sampled, greedy = estimates(policy, reference, reward, tokenizer, batch, n, cfg)
         draws = torch.randint(n, (10_000, n))
         counts = torch.zeros(draws.shape).scatter_add_(1, draws, torch.ones(draws.shape))
         counts = torch.cat([torch.ones(1, n), counts]).double()  # row 0: the estimates themselves
-        with_greedy, without = (variances(arm, counts) for arm in grads)           # (10001,) each
-        ratio = with_greedy / without
-        low, high = ratio[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-        row = dict(model=name, estimates=n, batch=args.batch, ratio=ratio[0].item(), low=low,
-                   high=high, variance_greedy=with_greedy[0].item(), variance_none=without[0].item(),
+        variance, plain = (variances(arm, counts) for arm in grads)                # (10001,) each
+        ratio, *resampled = (variance / plain).tolist()
+        low, high = torch.tensor(resampled).quantile(torch.tensor([0.025, 0.975])).tolist()
+        row = dict(model=name, estimates=n, batch=args.batch, ratio=ratio, low=low, high=high,
+                   variance_greedy=variance[0].item(), variance_none=plain[0].item(),
                    mean_reward=sampled, mean_greedy_reward=greedy, kl_coef=cfg.kl_coef,
                    command=shlex.join(["python", *sys.argv]), torch=torch.__version__,
                    transformers=transformers.__version__, seed=seed)
-        with open(args.out, "a") as out:
-            out.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=open(args.out, "a"))
         verdict = "helps" if high < 1 else "hurts" if low > 1 else "makes no clear difference"
-        print(f"{name:5} seed {seed}: variance {row['variance_greedy']:.4g} with the greedy baseline, "
-              f"{row['variance_none']:.4g} without: ratio {row['ratio']:.3f} [{low:.3f}, {high:.3f}], "
-              f"it {verdict}; reward {sampled:.3f}, greedy {greedy:.3f}", flush=True)
+        print(f"{name:5} seed {seed}: variance {variance[0]:.4g} with the greedy baseline, "
+              f"{plain[0]:.4g} without: ratio {ratio:.3f} [{low:.3f}, {high:.3f}], it {verdict}; "
+              f"reward {sampled:.3f}, greedy {greedy:.3f}", flush=True)
 
 
 if __name__ == "__main__":
