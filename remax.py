@@ -44,7 +44,6 @@ DATA = Path(__file__).resolve().parent / "data"
 # Without --model these replace the defaults below, which follow the paper's GPT-2 runs (App. F.4).
 TINY = dict(model=f"{DATA}/tiny-policy", reward=f"{DATA}/tiny-reward", max_new_tokens=40, steps=60,
             kl_coef=0.05, lr=2e-4, eval_every=20, gradient_checkpointing=False)
-
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -61,7 +60,7 @@ class Config:  # a flag a line; the comment is what --help prints
     steps: int = 300  # rollouts, and updates: one each
     batch_size: int = 32  # B: prompts a step
     lr: float = 1e-6  # learning rate at the start; it falls to 0 along a cosine
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor has next to no state
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: little memory, 20 times the lr
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16, else fp16, on a GPU
     micro_batch_size: int = 8  # rows per backward pass: changes memory, not the gradient
@@ -385,6 +384,7 @@ def main(argv=None):
             log.write(json.dumps(row | {"peak_memory_gb": peak_memory_gb(device)}) + "\n")
             bar.set_postfix({key: row[key] for key in ("reward", "greedy_reward", "kl")})
         if step % cfg.eval_every == 0 or step == cfg.steps:
+            tqdm.write(f"\nstep {step}")
             figures = evaluate(policy, reference, reward, tokenizer, held_out, dtype, home, cfg)
             log.write(json.dumps({"step": step} | figures) + "\n")
     policy.save_pretrained(folder / "model")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +13,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remax
@@ -19,6 +21,8 @@ import remax
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
 EOS, PAD = 2, 0
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini to name slow in
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 torch.set_num_threads(1)  # the models are tiny, the cores are shared
 
 
@@ -201,6 +205,14 @@ def test_column_t_is_token_t():
     assert got[0].tolist() == pytest.approx([x.item() for x in by_hand], abs=1e-5)
 
 
+def test_logprobs_of_a_bf16_model_are_taken_in_float32():
+    model, ids = make().bfloat16(), torch.randint(3, 31, (4, 9))
+    exact = model(ids).logits.double().log_softmax(-1)[:, 2:-1].gather(2, ids[:, 3:, None])[..., 0]
+    ones = torch.ones_like(ids)
+    got = remax.token_logprobs(model, ids[:, :3], ones[:, :3], ids[:, 3:], ones[:, 3:])
+    assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_padding_changes_no_logprob(kind):
     model = make(kind)
@@ -236,13 +248,14 @@ def test_rollout_is_the_policy_and_its_greedy_half_is_generate(kind):
 
 
 def test_rollout_draws_from_the_full_softmax():
-    """20,000 first tokens against the model's own probabilities: chi-square, 30 degrees of freedom."""
-    model, prompt = make(), torch.full((20_000, 1), 5)
+    """20,000 first tokens against the model's own probabilities: chi-square, 96 degrees of freedom."""
+    model, prompt = make(vocab_size=97), torch.full((20_000, 1), 5)
+    model.lm_head.weight.data *= 0.3  # no token so rare that the test is none
     torch.manual_seed(0)
     response, _ = remax.rollout(model, prompt, torch.ones_like(prompt), 1, EOS, PAD, greedy=False)
     expected = model(prompt[:1]).logits[0, -1].softmax(-1) * 20_000
-    count = response[:, 0].bincount(minlength=31)
-    assert ((count - expected) ** 2 / expected).sum().item() < 70  # 99.99 % quantile
+    count = response[:, 0].bincount(minlength=97)
+    assert expected.min() > 5 and ((count - expected) ** 2 / expected).sum().item() < 160  # 99.99 % quantile
 
 
 def test_rollout_without_greedy_decodes_b_rows_and_stops_early():
@@ -351,6 +364,7 @@ def test_checkpointing_changes_no_update():
         policy = make()
         if checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
+        step(policy, make(seed=1))  # it leaves the policy in train() mode
         results.append((step(policy, make(seed=1))["reward"], weights(policy)))
     assert results[0][0] == results[1][0] and torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
@@ -391,7 +405,7 @@ def test_no_float32_copy_of_all_logits_is_kept_for_the_backward_pass():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         remax.token_logprobs(model, ids[:, :3], torch.ones_like(ids[:, :3]), ids[:, 3:], torch.ones_like(ids[:, 3:]))
-    assert not any(t.dtype == torch.float32 and t.numel() >= 4 * 6 * 31 for t in saved)
+    assert not any(t.dtype == torch.float32 and t.shape[-1:] == (31,) and t.numel() > 31 for t in saved)
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -470,6 +484,8 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
 
 def test_chat_prompts_go_through_the_template_once(tokenizer, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy", chat_template=TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # like Llama's, it puts BOS before a text
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     lines = [{"chat": [{"role": "user", "content": "The plot" * (1 + 40 * (i == 3))}], "n": i} for i in range(10)]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, held_out = remax.load_prompts(str(tmp_path / "chat.jsonl"), "chat", tokenizer, 60)
@@ -613,6 +629,66 @@ def test_help_names_every_flag_and_the_tiny_defaults():
     assert done.returncode == 0 and "tiny-reward" in done.stdout
     for field in remax.Config.__dataclass_fields__:
         assert "--" + field.replace("_", "-") in done.stdout
+
+
+# ------------------------------------------- sabotage -------------------------------------------
+
+SABOTAGE = [  # what is broken, the line, its broken form, the test that must notice
+    ("position_ids dropped", "(attention.cumsum(1) - 1).clamp(min=0)} if takes_positions", "None} if False", "padding_changes"),
+    ("positions dropped while decoding", "positions[:rows, start:end]} if takes_positions", "None} if False", "greedy_half"),
+    ("EOS left out of the mask", "is_eos.cumsum(1) - is_eos == 0", "is_eos.cumsum(1) == 0", "first_eos"),
+    ("mask from pad ids", "(is_eos.cumsum(1) - is_eos == 0)", "(response != eos_id)", "first_eos"),
+    ("KL sign flipped", "logprobs.detach() - ref_logprobs)", "ref_logprobs - logprobs.detach())", "by_hand"),
+    ("KL one-step", "kl_to_go = kl.flip(1).cumsum(1).flip(1)", "kl_to_go = kl", "by_hand"),
+    ("KL unmasked", "(logprobs.detach() - ref_logprobs) * mask", "logprobs.detach() - ref_logprobs", "by_hand"),
+    ("k3 in the reward", "(logprobs.detach() - ref_logprobs) * mask",
+     "((ref_logprobs - logprobs.detach()).exp() - 1 + logprobs.detach() - ref_logprobs) * mask", "unbiased"),
+    ("baseline from the wrong rows", "scores.chunk(2) if greedy", "scores.chunk(2)[::-1] if greedy", "greedy_rows"),
+    ("baseline not subtracted", "(reward - baseline)[:, None]", "reward[:, None]", "by_hand"),
+    ("gradient through the advantage", "(logprobs.detach() - ref_logprobs)", "(logprobs - ref_logprobs)", "no_gradient"),
+    ("token mean", "(logprobs * advantage * mask).sum(1).mean()", "(logprobs * advantage * mask).sum() / mask.sum()", "reinforce"),
+    ("per-micro-batch mean", "loss * len(rows) / B", "loss / len(batches)", "micro_batch_size"),
+    ("top_k left at its default", "logits[:B].softmax(-1)",
+     "logits[:B].masked_fill(logits[:B] < logits[:B].topk(50).values[:, -1:], -99).softmax(-1)", "full_softmax"),
+    ("checkpoint's generation_config kept", "logits[:B].softmax(-1)",
+     "(logits[:B] / (policy.generation_config.temperature or 1)).softmax(-1)", "poisoned"),
+    ("dropout left on", "key: 0.0 for key", "key: value for key", "dropout"),
+    ("log-softmax in bf16", "- logits.float().logsumexp(1)", "- logits.logsumexp(1)", "taken_in_float32"),
+    ("float32 copy of all logits kept", "rows = [checkpoint(pick, *row, use_reentrant=False)", "rows = [pick(*row)", "no_float32"),
+    ("off by one in the logits", ".logits[:, :-1]", ".logits[:, 1:]", "column_t"),
+    ("generation in train mode with checkpointing", "weights_as(policy.eval(), dtype):  ", "weights_as(policy, dtype):  ", "checkpointing_changes"),
+    ("reward scored on prompt + response twice", "[len(row[\"text\"]):]", "", "aligned"),
+    ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
+    ("reward model without mask", "model.to(device)(**batch)", 'model.to(device)(batch["input_ids"])', "ignores_padding"),
+    ("columns misaligned with rows", "rows = rows * (len(responses) // len(rows))",
+     "rows = [row for row in rows for _ in range(len(responses) // len(rows))]", "aligned"),
+    ("weights saved with use_cache off", "policy.config = AutoConfig.from_pretrained(cfg.model)",
+     "policy.config = AutoConfig.from_pretrained(cfg.model, use_cache=False)", "saved_model"),
+    ("dropout saved as 0", "policy.config = AutoConfig.from_pretrained(cfg.model)", "pass", "saved_model"),
+    ("finished rows go on", ".masked_fill(done, pad_id)", "", "greedy_half"),
+    ("evaluation moves the noise of training", "with torch.random.fork_rng(), weights_as(", "with weights_as(", "same_seed"),
+    ("second BOS", "add_special_tokens=not chat)[", "add_special_tokens=True)[", "template_once"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, line, broken, test", SABOTAGE, ids=[row[0].replace(" ", "-") for row in SABOTAGE])
+def test_sabotage_is_noticed(name, line, broken, test, tmp_path):
+    """The fault, put into a copy of remax.py, makes its test fail; the untouched copy passes all of them."""
+    source = (ROOT / "remax.py").read_text()
+    assert source.count(line) == 1, f"{name}: the line to break is not there, or not unique"
+    (tmp_path / "remax.py").write_text(source.replace(line, broken))
+    (tmp_path / "test_remax.py").symlink_to(ROOT / "test_remax.py")
+    (tmp_path / "data").symlink_to(DATA)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", f"{test} and not sabotage", "-p", "no:cacheprovider",
+                           str(tmp_path / "test_remax.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Error" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def slow_only_on_request(request):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("slow: run with -m slow")
 
 
 def test_the_files_bounds():
