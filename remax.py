@@ -12,10 +12,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Algorith
 
 What PPO has and this has not: value model and its optimizer, GAE, gamma and lambda, probability
 ratios, clip range, several epochs over one rollout, whitened advantages.
-
 Symbols: B prompts, P prompt tokens (padded on the left), T response tokens (padded on the right),
 V vocabulary; x prompt, y response, ybar greedy, r reward, b baseline, A advantage, beta kl_coef.
-
   python remax.py                        # a tiny GPT-2 on the CPU: under a minute, no download
   python remax.py --model gpt2-large     # one GPU: film reviews, rewarded for being positive
 """
@@ -43,7 +41,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 DATA = Path(__file__).resolve().parent / "data"
 # Without --model these replace the defaults below, which follow the paper's GPT-2 runs (App. F.4).
 TINY = dict(model=f"{DATA}/tiny-policy", reward=f"{DATA}/tiny-reward", max_new_tokens=40, steps=60,
-            kl_coef=0.05, lr=2e-4, eval_every=20, gradient_checkpointing=False)
+            kl_coef=0.05, lr=6e-4, eval_every=20, gradient_checkpointing=False)
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -60,49 +58,51 @@ class Config:  # a flag a line; the comment is what --help prints
     steps: int = 300  # rollouts, and updates: one each
     batch_size: int = 32  # B: prompts a step
     lr: float = 1e-6  # learning rate at the start; it falls to 0 along a cosine
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: little memory, 20 times the lr
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: no moments, a higher lr
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16, else fp16, on a GPU
     micro_batch_size: int = 8  # rows per backward pass: changes memory, not the gradient
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
-    offload: bool = False  # keep reference and reward model in CPU memory while unused
+    offload: bool = None  # reference and reward model wait on the CPU; None: if under 32 bytes/parameter
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
     output_dir: str = None  # for metrics and model; None: runs/MODEL-SEED
     eval_every: int = 50  # steps between evaluations on held-out prompts
     seed: int = 0  # of the sampling and of the order of the prompts
 
 
-# ========================================= THE ALGORITHM =========================================
-# Functions of tensors, scalars and a model: no config, no tokenizer, no global. Paste any of them.
+# =============== THE ALGORITHM: tensors, scalars and models; no config, no tokenizer ==============
 @torch.inference_mode()
 def rollout(policy, prompt, attention, max_new_tokens, eos_id, pad_id, greedy=True):
     """Draw y ~ pi(.|x) and decode the greedy ybar, in one loop over 2B rows.
     prompt, attention: (B,P), padded on the left. Returns response (B,T) and greedy (B,T) or None,
-    with pad_id after the first eos_id. policy must be in eval() mode: in train() mode gradient
-    checkpointing drops the cache, silently. Not generate(): it samples from the top 50 unless told
-    (transformers#38549) and obeys the checkpoint's generation_config (trl#5783), so it is not pi.
+    pad_id after the first eos_id. policy in eval() mode: in train() mode gradient checkpointing
+    drops the cache, silently. Not generate(), which samples from the top 50 unless told otherwise
+    (transformers#38549) and reads the checkpoint's generation_config (trl#5783): that is not pi.
     """
-    (B, P), rows, start, last = prompt.shape, len(prompt), 0, prompt.size(1) + max_new_tokens - 1
+    B, P = prompt.shape
     ids = torch.cat([prompt, prompt.new_full((B, max_new_tokens), pad_id)], 1).repeat(1 + greedy, 1)
+    # Columns still to come count as attended (causality hides them), so that no shape ever changes.
     attention = torch.cat([attention, torch.ones_like(ids[:B, P:])], 1).repeat(1 + greedy, 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)                                 # (2B,P+T)
     takes_positions = "position_ids" in inspect.signature(policy.forward).parameters
     cache = StaticCache(config=policy.config, max_cache_len=P + max_new_tokens)
     done = torch.zeros_like(ids[:, 0], dtype=torch.bool)                               # (2B,)
-    for end in range(P, last + 1):  # B prompts are read once; then 2B rows go on, a column a turn
+    rows, start, last = B, 0, P + max_new_tokens - 1  # the cache ends before start
+    for end in range(P, last + 1):
         position = {"position_ids": positions[:rows, start:end]} if takes_positions else {}
         logits = policy(ids[:rows, start:end], attention_mask=attention[:rows], use_cache=True,
                         past_key_values=cache, logits_to_keep=1, **position).logits[:, -1].float()
-        cdf = logits[:B].softmax(-1).double().cumsum(-1)                               # (B,V)
+        cdf = logits[:B].softmax(-1).double().cumsum(-1)  # (B,V); float32 sums would lose rare v
         sampled = torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:])   # (B,1) y_t
-        best = logits[-B:].argmax(-1, keepdim=True)                                # (B,1) ybar_t
+        best = logits[-B:].argmax(-1, keepdim=True)                                 # (B,1) ybar_t
         token = torch.cat([sampled, best] if greedy else [sampled])[:, 0]              # (2B,)
         ids[:, end] = token.masked_fill(done, pad_id)
         done |= ids[:, end] == eos_id
         if (end % 16 == 0 or end == last or not done.is_cuda) and done.all():  # asking a GPU waits
             break
-        if greedy and start == 0:
-            rows = cache.reorder_cache(torch.arange(B, device=ids.device).repeat(2)) or 2 * B
+        if greedy and start == 0:  # the prompts were read once, (B,V) logits; from here on 2B rows
+            cache.reorder_cache(torch.arange(B, device=ids.device).repeat(2))
+            rows = 2 * B
         start = end
     return ids[:B, P:end + 1], ids[B:, P:end + 1] if greedy else None                  # (B,T) each
 
@@ -121,7 +121,7 @@ def token_logprobs(model, prompt, attention, response, mask):
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     position = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
     logits = model(ids, attention_mask=attention, use_cache=False, logits_to_keep=T + 1,
-                   **position).logits[:, :-1]  # (B,T,V): the logits before token t predict it
+                   **position).logits[:, -T - 1:-1]  # (B,T,V): the logits before token t predict it
 
     def pick(logits, token):  # (T,V), (T,) -> (T,), float32: bf16 would be 0.02 nats a token off
         return logits.gather(1, token[:, None])[:, 0].float() - logits.float().logsumexp(1)
@@ -196,7 +196,8 @@ def remax_step(policy, reference, optimizer, scaler, score, prompt, attention, *
         sums += torch.stack([loss * len(rows), (logprobs - ref).sum(), -logprobs.sum()]).detach()
     scaler.unscale_(optimizer)                                                         # 6. update
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    scaler.step(optimizer)
+    if grad_norm.isfinite():  # else the step is skipped, and counted
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     # ---- diagnostics only below: means over the whole batch ----
@@ -273,7 +274,7 @@ def score(reward, tokenizer, rows, responses):
     prompts = columns.pop("prompt")
     completions = texts if isinstance(prompts[0], str) else [
         [{"role": "assistant", "content": text}] for text in texts]
-    rewards = reward(prompts=prompts, completions=completions, **columns)
+    rewards = reward(**columns | dict(prompts=prompts, completions=completions))
     rewards = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)   # (N,)
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise ValueError(f"--reward gave {rewards} for {len(rows)} responses")
@@ -297,10 +298,10 @@ def load_models(cfg, device, dtype):
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if policy.num_parameters() < 5e6:  # so small a model is no faster on two threads, and 20 times
         torch.set_num_threads(1)       # slower when another process wants one of the cores
-    if cfg.optimizer == "adafactor":
-        return policy, reference, tokenizer, torch.optim.Adafactor(policy.parameters(), cfg.lr)
     # fused: what torch does by default on CUDA takes as much memory again as the gradients
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, weight_decay=0.0, fused=True)
+    if cfg.optimizer == "adafactor":
+        optimizer = torch.optim.Adafactor(policy.parameters(), cfg.lr)
     return policy, reference, tokenizer, optimizer
 
 
@@ -310,8 +311,7 @@ def evaluate(policy, reference, reward, tokenizer, rows, dtype, home, cfg):
     eos_id, pad_id, sums = tokenizer.eos_token_id, tokenizer.pad_token_id, torch.zeros(3).double()
     with torch.random.fork_rng(), weights_as(policy.eval(), dtype):
         torch.manual_seed(0)  # the same noise every time; training's is left alone
-        for i in range(0, len(rows), cfg.batch_size):
-            part = rows[i:i + cfg.batch_size]
+        for part in (rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)):
             x = *collate(tokenizer, part, cfg.device),                                 # (B,P) twice
             response, greedy = rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id)  # (B,T) each
             scores, texts = score(reward, tokenizer, part, torch.cat([response, greedy]))  # (2B,)
@@ -321,7 +321,7 @@ def evaluate(policy, reference, reward, tokenizer, rows, dtype, home, cfg):
                 kl = token_logprobs(policy, *x) - token_logprobs(reference.to(cfg.device), *x)
                 sums[2] += kl.sum().cpu()
                 reference.to(home)
-            for j in range(3 if i == 0 else 0):
+            for j in range(len(part[:3]) if part[0] is rows[0] else 0):
                 tqdm.write(f"> {part[j]['text']}\n  sampled {scores[j]:6.3f}  {texts[j]!r}\n"
                            f"  greedy  {scores[j + len(part)]:6.3f}  {texts[j + len(part)]!r}")
     means = dict(zip(("eval_reward", "eval_greedy_reward", "eval_kl"), (sums / len(rows)).tolist()))
@@ -333,7 +333,7 @@ def peak_memory_gb(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform != "win32":  # of the whole process; Windows has no such call
         from resource import RUSAGE_SELF, getrusage
-        return getrusage(RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def parse(argv=None):
@@ -354,11 +354,12 @@ def parse(argv=None):
 def main(argv=None):
     cfg = parse(argv)
     set_seed(cfg.seed)
-    device, home = torch.device(cfg.device), torch.device("cpu" if cfg.offload else cfg.device)
-    auto = "fp32" if device.type != "cuda" else (  # unless told, it counts emulated bf16 as support
-        "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    dtype = DTYPES[auto if cfg.precision == "auto" else cfg.precision]
+    device, gpu = torch.device(cfg.device), cfg.device.startswith("cuda")
+    auto = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = DTYPES[cfg.precision if cfg.precision != "auto" else auto if gpu else "fp32"]
     policy, reference, tokenizer, optimizer = load_models(cfg, device, dtype)
+    small = gpu and torch.cuda.mem_get_info(device)[1] < 32 * policy.num_parameters()
+    home = torch.device("cpu") if cfg.offload or cfg.offload is None and small else device
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, cfg.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     reward = load_reward(cfg.reward, dtype, device, home)
@@ -370,9 +371,9 @@ def main(argv=None):
     gc.freeze()  # or Python looks for garbage in all that was imported, again and again
     for step in (bar := tqdm(range(cfg.steps + 1))):
         if step > 0:  # 0 is before training
-            epoch, i = divmod((step - 1) * cfg.batch_size, len(rows) - len(rows) % cfg.batch_size)
+            epoch, i = divmod(step - 1, max(len(rows) // cfg.batch_size, 1))
             order = random.Random(f"{cfg.seed}/{epoch}").sample(rows, len(rows))
-            batch = order[i:i + cfg.batch_size]
+            batch = order[i * cfg.batch_size:(i + 1) * cfg.batch_size]
             row = {"step": step, "lr": schedule.get_last_lr()[0]} | remax_step(
                 policy, reference, optimizer, scaler,
                 lambda responses: score(reward, tokenizer, batch, responses)[0],
@@ -384,15 +385,14 @@ def main(argv=None):
             log.write(json.dumps(row | {"peak_memory_gb": peak_memory_gb(device)}) + "\n")
             bar.set_postfix({key: row[key] for key in ("reward", "greedy_reward", "kl")})
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            tqdm.write(f"\nstep {step}")
             figures = evaluate(policy, reference, reward, tokenizer, held_out, dtype, home, cfg)
             log.write(json.dumps({"step": step} | figures) + "\n")
     policy.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(cfg.model).save_pretrained(folder / "model")
     logged = [json.loads(line) for line in open(log.name)]
     spent = {key: sum(r.get(key, 0) for r in logged) for key in row if key.endswith("_seconds")}
-    print(*(f"{k:20}{logged[0][k]!s:.6} -> {v!s:.6}" for k, v in figures.items()), sep="\n")
-    print(*(f"{k:20}{v:.1f} ({v / sum(spent.values()):.0%})" for k, v in spent.items()),
+    print(*(f"{k:20}{logged[0][k]!s:.6} -> {v!s:.6}" for k, v in figures.items()),
+          *(f"{k:20}{v:.1f} ({v / sum(spent.values()):.0%})" for k, v in spent.items()),
           f"written to          {folder}", sep="\n")
 
 

@@ -227,10 +227,13 @@ def test_padding_changes_no_logprob(kind):
     assert torch.allclose(alone, padded[:, :5], atol=2e-5) and padded[:, 5:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_rollout_is_the_policy_and_its_greedy_half_is_generate(kind):
-    """Log-probs gathered while decoding equal token_logprobs, with left padding, to 2e-4 nats."""
+def test_rollout_is_the_policy_and_its_greedy_half_is_generate(kind, padded):
+    """Log-probs gathered while decoding equal token_logprobs, with left padding and without, to 2e-4 nats."""
     model, (prompt, attention) = make(kind), prompts(B=6)
+    if not padded:
+        prompt, attention = prompt.masked_fill(attention == 0, 9), torch.ones_like(attention)
     torch.manual_seed(2)
     with recorded_logits(model) as seen:
         response, greedy = remax.rollout(model, prompt, attention, 9, EOS, PAD)
@@ -335,6 +338,13 @@ def test_the_update_is_the_gradient_of_remax_loss_on_the_unsorted_batch():
     assert error(before - weights(policy), expected) < 1e-4
 
 
+def test_a_non_finite_gradient_is_skipped_and_counted():
+    policy = make()
+    before = weights(policy)
+    row = step(policy, reward=lambda ys: torch.full((len(ys),), float("nan")))
+    assert torch.equal(before, weights(policy)) and row["skipped"] == 1
+
+
 def test_equal_rewards_give_no_gradient_and_are_counted():
     policy = make()
     before = weights(policy)
@@ -411,7 +421,7 @@ def test_no_float32_copy_of_all_logits_is_kept_for_the_backward_pass():
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def gpu_step(dtype, checkpointing=False, scale=None, **kwargs):
+def gpu_step(dtype, checkpointing=False, scale=None):
     torch.manual_seed(5)
     policy = make().cuda()
     if checkpointing:
@@ -420,38 +430,38 @@ def gpu_step(dtype, checkpointing=False, scale=None, **kwargs):
     before = weights(policy)
     prompt, attention = (x.cuda() for x in prompts())
     row = remax.remax_step(
-        policy, make().cuda().to(dtype), torch.optim.AdamW(policy.parameters(), 1e-2, fused=True), scaler,
+        policy, make().cuda().to(dtype), torch.optim.SGD(policy.parameters(), 1e-2), scaler,
         lambda ys: ys.float().mean(1), prompt, attention, eos_id=EOS, pad_id=PAD, max_new_tokens=7, greedy=True,
-        kl_coef=0.1, micro_batch_size=2, max_grad_norm=1e9, dtype=dtype, home=torch.device(kwargs.get("home", "cuda")))
-    return row, (weights(policy) - before).abs().max().item()
+        kl_coef=0.1, micro_batch_size=2, max_grad_norm=1e9, dtype=dtype, home=torch.device("cuda"))
+    return row, weights(policy) - before
 
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_step_in_every_precision(dtype):
     row, change = gpu_step(dtype)
-    assert change > 0 and row["skipped"] == 0 and abs(row["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
+    assert change.abs().max() > 0 and row["skipped"] == 0 and abs(row["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
 
 
 @cuda
 def test_cuda_fp16_overflow_skips_the_step_and_counts_it():
     row, change = gpu_step(torch.float16, scale=2.0 ** 60)
-    assert change == 0 and row["skipped"] == 1
+    assert change.abs().max() == 0 and row["skipped"] == 1
 
 
 @cuda
 def test_cuda_gradient_checkpointing_changes_no_update():
-    assert gpu_step(torch.float32)[1] == pytest.approx(gpu_step(torch.float32, checkpointing=True)[1], rel=1e-3)
+    assert error(gpu_step(torch.float32)[1], gpu_step(torch.float32, checkpointing=True)[1]) < 1e-3
 
 
 @cuda
 def test_cuda_peak_memory_stays_in_its_budget_and_offload_lowers_it(tmp_path):
     peaks = []
-    for flags in [], ["--offload", "--micro-batch-size", "1"]:
+    for flags in ["--no-offload"], ["--offload"]:
         torch.cuda.reset_peak_memory_stats()
-        remax.main(["--steps", "2", "--device", "cuda", "--output-dir", str(tmp_path / str(len(flags))), *flags])
-        peaks.append(metrics(tmp_path / str(len(flags)))[-2]["peak_memory_gb"])
-    assert peaks[1] <= peaks[0] < 0.3  # 0.9M parameters at 16 bytes, and rollouts of 64 rows
+        remax.main(["--steps", "2", "--device", "cuda", "--output-dir", str(tmp_path / flags[0]), *flags])
+        peaks.append(metrics(tmp_path / flags[0])[-2]["peak_memory_gb"])
+    assert peaks[1] < peaks[0] < 0.3  # 0.9M parameters at 16 bytes, and rollouts of 64 rows
 
 
 # ------------------------------------------ prompts, rewards ------------------------------------------
@@ -655,7 +665,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("dropout left on", "key: 0.0 for key", "key: value for key", "dropout"),
     ("log-softmax in bf16", "- logits.float().logsumexp(1)", "- logits.logsumexp(1)", "taken_in_float32"),
     ("float32 copy of all logits kept", "rows = [checkpoint(pick, *row, use_reentrant=False)", "rows = [pick(*row)", "no_float32"),
-    ("off by one in the logits", ".logits[:, :-1]", ".logits[:, 1:]", "column_t"),
+    ("off by one in the logits", ".logits[:, -T - 1:-1]", ".logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing", "weights_as(policy.eval(), dtype):  ", "weights_as(policy, dtype):  ", "checkpointing_changes"),
     ("reward scored on prompt + response twice", "[len(row[\"text\"]):]", "", "aligned"),
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
