@@ -63,7 +63,7 @@ class Config:  # a flag a line; the comment is what --help prints
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16, else fp16, on a GPU
     micro_batch_size: int = 8  # rows per backward pass: changes memory, not the gradient
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
-    offload: bool = None  # reference and reward model wait on the CPU; None: if under 32 bytes/parameter
+    offload: bool = None  # reference and reward model wait on the CPU; None: if memory is short
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
     output_dir: str = None  # for metrics and model; None: runs/MODEL-SEED
     eval_every: int = 50  # steps between evaluations on held-out prompts

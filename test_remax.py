@@ -2,6 +2,8 @@
 import contextlib
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 import warnings
@@ -699,6 +701,50 @@ def test_sabotage_is_noticed(name, line, broken, test, tmp_path):
 def slow_only_on_request(request):
     if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
         pytest.skip("slow: run with -m slow")
+
+
+# ------------------------------------------- the README -------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+
+
+def results(name):
+    return [json.loads(line) for line in open(DATA / "results" / name)]
+
+
+def test_readme_quotes_its_logs():
+    for arm in "remax", "reinforce":
+        runs = [results(f"tiny/{arm}-{seed}.jsonl") for seed in range(5)]
+        for values in ([run[-1]["eval_reward"] for run in runs], [run[-1]["eval_reward"] - 0.05 * run[-1]["eval_kl"] for run in runs]):
+            assert f"{statistics.mean(values):.3f} +- {statistics.stdev(values):.3f}" in README
+        kl = [run[-1]["eval_kl"] for run in runs]
+        assert f"{statistics.mean(kl):.2f} +- {statistics.stdev(kl):.2f}" in README
+    assert remax.TINY["kl_coef"] == 0.05 and remax.TINY["steps"] == 60
+    for model in "start", "end":
+        quoted = [f"{row['ratio']:.2f}" for row in results("variance.jsonl") if row["model"] == model]
+        assert f"{quoted[0]}, {quoted[1]} and {quoted[2]} of" in README
+    for row in results("memory.jsonl"):
+        if "one by one" not in row["flags"]:
+            assert row["kind"] == "computed" and f"{row['peak_gb']:.1f}" in README, row["flags"]
+
+
+def test_readme_names_every_flag_column_and_file_there_is():
+    for field in remax.Config.__dataclass_fields__:
+        assert f"`--{field.replace('_', '-')}`" in README, field
+    for column in COLUMNS | {"skipped", "eval_reward", "eval_greedy_reward", "eval_kl"}:
+        assert f"`{column}`" in README, column
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)]
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    for name in re.findall(r"`(rollout|response_mask|token_logprobs|remax_loss|remax_step|weights_as)`", README):
+        assert callable(getattr(remax, name))
+
+
+@pytest.mark.parametrize("command", re.findall(r"^    (?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M))
+def test_readme_commands_parse(command):
+    remax.parse(command.split())
 
 
 def test_the_files_bounds():

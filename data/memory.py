@@ -36,7 +36,10 @@ MODELS = {  # config, prompts, prompt tokens, new tokens; one label: the critic'
     "Llama-3.2-1B size": (LlamaConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
                                       num_key_value_heads=8, intermediate_size=8192, vocab_size=128256,
                                       tie_word_embeddings=True, num_labels=1), 16, 64, 128)}
-DEFAULT, SMALLEST = "default", "--optimizer adafactor --offload --micro-batch-size 1"
+if CUDA:  # the step whose seconds are to be compared with the floor of the hardware
+    MODELS["gpt2-large, 64 x (64 + 128)"] = (MODELS["gpt2-large"][0], 64, 64, 128)
+DEFAULT, PARKED = "default", "default, on a small GPU (--offload)"
+SMALLEST = "--optimizer adafactor --offload --micro-batch-size 1"
 PPO = {"PPO, default, one by one": False, "PPO, default, together": True}  # are both gradients alive at once?
 HOW = ("torch.cuda.max_memory_allocated of the second step" if CUDA else
        "live storage bytes of the second step on fake CPU tensors: autocast('cpu') in place of 'cuda' but with its pow "
@@ -87,9 +90,9 @@ class Meter(TorchDispatchMode):
 
 
 def step_peaks(model, flags):
-    """(parameters, {phase: peak GB} of the second step)"""
+    """(parameters, {phase: peak GB}, {phase: seconds on a GPU}) of the second step"""
     (config, B, P, T), small, together, meter = MODELS[model], flags == SMALLEST, PPO.get(flags), Meter()
-    home, rows = (ELSEWHERE, 1) if small else (DEVICE, 8)
+    home, rows = ELSEWHERE if small or flags == PARKED else DEVICE, 1 if small else 8
     meter.start()
 
     def trained(kind):
@@ -140,9 +143,9 @@ def step_peaks(model, flags):
         attention[::2, 0] = 0  # with some padding, so that attention takes the path with a mask
         for tokens in (1, T):  # the first step creates the optimizer's state
             meter.start()
-            remax.remax_step(policy, reference, optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), score,
-                             prompt, attention, eos_id=-1, pad_id=0, max_new_tokens=tokens, greedy=critic is None,
-                             kl_coef=0.01, micro_batch_size=rows, max_grad_norm=1.0, dtype=DTYPE, home=home)
+            figures = remax.remax_step(policy, reference, optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), score,
+                                       prompt, attention, eos_id=-1, pad_id=0, max_new_tokens=tokens, greedy=critic is None,
+                                       kl_coef=0.01, micro_batch_size=rows, max_grad_norm=1.0, dtype=DTYPE, home=home)
             if critic is not None:
                 if not together:
                     critic_backward()
@@ -150,7 +153,8 @@ def step_peaks(model, flags):
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
             meter.phase("end")
-        return policy.num_parameters(), {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}
+        seconds = {key: figures[key] for key in figures if key.endswith("_seconds")} if CUDA else {}
+        return policy.num_parameters(), {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}, seconds
 
 
 def full_length(*batch):  # remax.micro_batches, which cuts to the longest row, and so asks for data
@@ -167,14 +171,14 @@ def main():
     with open(path, "w", buffering=1) as file:
         for model, (_, B, P, T) in MODELS.items():
             peak_gb = {}
-            for flags in [*PPO, DEFAULT, SMALLEST]:
-                parameters, phases = step_peaks(model, flags)
+            for flags in [*PPO, DEFAULT, PARKED, SMALLEST]:
+                parameters, phases, seconds = step_peaks(model, flags)
                 gc.collect()
                 peak_gb[flags] = max(phases.values())
                 shares = {} if flags in PPO else {ppo: round(peak_gb[flags] / peak_gb[ppo], 3) for ppo in PPO}
                 row = dict(model=model, parameters=parameters, flags=flags, prompts=B, prompt_tokens=P, new_tokens=T,
                            peak_gb=peak_gb[flags], phase=max(phases, key=phases.get), phases_gb=phases,
-                           share_of_ppo=shares, kind="measured" if CUDA else "computed", how=HOW,
+                           share_of_ppo=shares, **seconds, kind="measured" if CUDA else "computed", how=HOW,
                            torch=torch.__version__, transformers=transformers.__version__,
                            device=torch.cuda.get_device_name() if CUDA else "none: fake tensors",
                            command="python data/memory.py")
