@@ -587,7 +587,7 @@ def test_saved_model_is_the_checkpoint_but_for_its_weights(tiny_run):
     original, saved = DATA / "tiny-policy", tiny_run / "model"
     for name in "config.json", "generation_config.json":
         a, b = (json.loads((folder / name).read_text()) for folder in (original, saved))
-        assert a == b, name
+        assert a | {"transformers_version": ""} == b | {"transformers_version": ""}, name
     assert json.loads((saved / "config.json").read_text())["resid_pdrop"] == 0.1
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, saved))
     assert not torch.equal(weights(before), weights(after))
