@@ -127,8 +127,8 @@ def token_logprobs(model, prompt, attention, response, mask):
         return logits.gather(1, token[:, None])[:, 0].float() - logits.float().logsumexp(1)
 
     # Recomputed in the backward pass row by row: no float32 copy of all logits is ever kept.
-    rows = [checkpoint(pick, *row, use_reentrant=False) for row in zip(logits, ids[:, -T:])]
-    return torch.stack(rows).masked_fill(mask == 0, 0.0)                               # (B,T)
+    picked = [checkpoint(pick, *row, use_reentrant=False) for row in zip(logits, ids[:, -T:])]
+    return torch.stack(picked).masked_fill(mask == 0, 0.0)                               # (B,T)
 
 
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
@@ -312,7 +312,7 @@ def evaluate(policy, reference, reward, tokenizer, rows, dtype, home, cfg):
     with torch.random.fork_rng(), weights_as(policy.eval(), dtype):
         torch.manual_seed(0)  # the same noise every time; training's is left alone
         for part in (rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)):
-            x = *collate(tokenizer, part, cfg.device),                                 # (B,P) twice
+            x = tuple(collate(tokenizer, part, cfg.device))                            # (B,P) twice
             response, greedy = rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id)  # (B,T) each
             scores, texts = score(reward, tokenizer, part, torch.cat([response, greedy]))  # (2B,)
             sums[:2] += scores.view(2, -1).sum(1).cpu()

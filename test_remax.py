@@ -666,7 +666,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logits[:B] / (policy.generation_config.temperature or 1)).softmax(-1)", "poisoned"),
     ("dropout left on", "key: 0.0 for key", "key: value for key", "dropout"),
     ("log-softmax in bf16", "- logits.float().logsumexp(1)", "- logits.logsumexp(1)", "taken_in_float32"),
-    ("float32 copy of all logits kept", "rows = [checkpoint(pick, *row, use_reentrant=False)", "rows = [pick(*row)", "no_float32"),
+    ("float32 copy of all logits kept", "picked = [checkpoint(pick, *row, use_reentrant=False)", "picked = [pick(*row)", "no_float32"),
     ("off by one in the logits", ".logits[:, -T - 1:-1]", ".logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing", "weights_as(policy.eval(), dtype):  ", "weights_as(policy, dtype):  ", "checkpointing_changes"),
     ("reward scored on prompt + response twice", "[len(row[\"text\"]):]", "", "aligned"),
