@@ -1,10 +1,11 @@
 """Seconds per step on a CPU: remax.py beside TRL's RLOO and GRPO, interleaved in one process.
 
-    pip install "trl==1.16.0"  &&  python data/bench_cpu.py --threads 2 --sizes 1M 15M
+    pip install "trl==1.16.0"  &&  python data/bench_cpu.py --threads 1 --rounds 5
 
 Same random GPT-2, prompts, new tokens (never an EOS: every response is full), KL penalty, float32, threads,
-gradient checkpointing off. TRL draws two completions a prompt; ReMax one, and one greedy. Rounds take turns
-(ReMax, RLOO, GRPO, ReMax, ...); the median second of each round's steps is kept, and the ratio taken per round.
+gradient checkpointing off. --threads holds for all three: left alone, remax.py takes one below 5M parameters. TRL
+draws two completions a prompt; ReMax one, and one greedy. Rounds take turns (ReMax, RLOO, GRPO, ReMax, ...); the
+median second of each round's steps is kept, and the ratio taken per round.
 """
 import argparse
 import gc
@@ -61,14 +62,13 @@ def trl_round(kind, model, tokenizer, prompts, steps, args, folder):
 
 def remax_round(model, tokenizer, prompts, steps, args, folder):
     (Path(folder) / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
-    (Path(folder) / "r.py").write_text("def reward(completions, **kwargs):\n    return [len(set(t)) / 50 for t in completions]\n")
-    threads = torch.get_num_threads()
-    remax.main(["--model", str(model), "--prompts", f"{folder}/prompts.jsonl", "--reward", f"{folder}/r.py:reward",
+    set_num_threads, torch.set_num_threads = torch.set_num_threads, lambda n: None  # the same threads on all sides
+    remax.main(["--model", str(model), "--prompts", f"{folder}/prompts.jsonl", "--reward", f"{__file__}:reward",
                 "--batch-size", str(args.batch), "--micro-batch-size", str(args.micro), "--kl-coef", "0.05", "--lr", "1e-5",
                 "--max-new-tokens", str(args.new_tokens), "--steps", str(steps), "--no-gradient-checkpointing",
                 "--eval-every", str(10**6), "--output-dir", f"{folder}/out"])
     gc.unfreeze()
-    torch.set_num_threads(threads)  # remax.py takes one for a small model: give the others theirs back
+    torch.set_num_threads = set_num_threads
     rows = [r for r in map(json.loads, open(f"{folder}/out/metrics.jsonl")) if "reward" in r]
     assert all(row["tokens"] == args.new_tokens for row in rows)
     return statistics.median(sum(r[f"{phase}_seconds"] for phase in ("rollout", "score", "update")) for r in rows[1:])
@@ -94,8 +94,7 @@ def main():
                 n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0, **SIZES[size]))
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
             model.config.tie_word_embeddings = False
-            model.lm_head.weight.data[0] = 0  # EOS: kept from ever being drawn by the bias below
-            model.transformer.ln_f.bias.data[:] = 1.0
+            model.transformer.ln_f.bias.data[:] = 1.0  # with the next line: EOS is never drawn
             model.lm_head.weight.data[0] = -1.0
             model.save_pretrained(f"{folder}/model")
             tokenizer.save_pretrained(f"{folder}/model")
