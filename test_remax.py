@@ -1,11 +1,15 @@
 """What remax.py claims, proved on small models. No GPU and no network needed:  python -m pytest -q"""
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from itertools import product
 from pathlib import Path
@@ -100,8 +104,19 @@ def recorded_logits(model):
 
 def run(*args, **env):
     """remax.py as a user runs it: the finished process."""
-    return subprocess.run([sys.executable, str(ROOT / "remax.py"), *map(str, args)], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, remax.__file__, *map(str, args)], cwd=ROOT, text=True,
                           capture_output=True, env=os.environ | env, timeout=300)
+
+
+def answer(capsys, *args):
+    """What remax.py would leave on standard error, bars aside, and its exit code; in this process, to save start-up."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        remax.main([*map(str, args)])
+    said = [line for line in capsys.readouterr().err.split("\n") if line.strip() and "\r" not in line]
+    if isinstance(stop.value.code, str):  # the interpreter prints it and exits with 1
+        return 1, said + stop.value.code.split("\n")
+    return stop.value.code, said
 
 
 def metrics(folder):
@@ -291,7 +306,7 @@ def test_dropout_is_off_in_train_mode(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(
         config | {key: 0.5 for key, value in config.items() if "drop" in key and isinstance(value, float)}))
     AutoTokenizer.from_pretrained(DATA / "tiny-policy").save_pretrained(tmp_path)
-    policy, *_ = remax.load_models(remax.Config(model=str(tmp_path), kl_coef=0), torch.device("cpu"), torch.float32)
+    policy, *_ = remax.load_models(remax.Config(model=str(tmp_path), kl_coef=0), torch.device("cpu"), torch.float32, tmp_path)
     ids = torch.randint(3, 31, (2, 8))
     policy.train()
     assert torch.equal(policy(ids).logits, policy(ids).logits)
@@ -403,7 +418,7 @@ def test_parked_models_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--optimizer", "adafactor", "--lr", "5e-3"],
-                                   ["--gradient-checkpointing", "--micro-batch-size", "5"]])
+                                   ["--gradient-checkpointing", "--micro-batch-size", "4"]])
 def test_other_flags_learn_too(tmp_path, flags):
     remax.main(["--steps", "8", "--eval-every", "8", "--output-dir", str(tmp_path), *flags])
     rows = metrics(tmp_path)
@@ -475,6 +490,14 @@ def tokenizer():
     return tokenizer
 
 
+def load(path, tokenizer, column="prompt", longest=64):
+    return remax.load_prompts(remax.Config(prompts=str(path), prompt_column=column, max_prompt_tokens=longest, batch_size=1), tokenizer)
+
+
+def tiny_reward(path=DATA / "tiny-reward"):
+    return remax.load_reward(str(path), torch.float32, torch.device("cpu"), lambda: torch.device("cpu"))
+
+
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
@@ -487,7 +510,7 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
         Path(path).write_text("\n".join(data["prompt"]))
     else:
         {"jsonl": data.to_json, "json": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[suffix](path)
-    rows, held_out = remax.load_prompts(path, "prompt", tokenizer, 5)
+    rows, held_out = load(path, tokenizer, longest=5)
     assert len(rows) == 16 and len(held_out) == 4 and all(len(row["ids"]) == 5 for row in rows)
     for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
         assert row["columns"]["prompt"] == tokenizer.decode(row["ids"])
@@ -500,7 +523,7 @@ def test_chat_prompts_go_through_the_template_once(tokenizer, tmp_path):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     lines = [{"chat": [{"role": "user", "content": "The plot" * (1 + 40 * (i == 3))}], "n": i} for i in range(10)]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    rows, held_out = remax.load_prompts(str(tmp_path / "chat.jsonl"), "chat", tokenizer, 60)
+    rows, held_out = load(tmp_path / "chat.jsonl", tokenizer, "chat", 60)
     assert len(rows) + len(held_out) == 9  # the long one is dropped, not cut
     for row in rows:
         assert row["ids"].count(tokenizer.bos_token_id) == 1
@@ -510,26 +533,26 @@ def test_chat_prompts_go_through_the_template_once(tokenizer, tmp_path):
     def reward(prompts, completions, n, **kwargs):
         seen.update(prompts=prompts, completions=completions, n=n)
         return [0.0] * len(n)
-    remax.score(reward, tokenizer, rows[:2], torch.full((4, 3), 5))
+    remax.score_responses(reward, tokenizer, 0.0, rows[:2], torch.full((4, 3), 5))
     assert seen["prompts"][0] == lines[seen["n"][0]]["chat"] and seen["n"][:2] == seen["n"][2:]
     assert seen["completions"][0][0]["role"] == "assistant"
 
 
 def test_reward_columns_stay_aligned_with_rows(tokenizer, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"The plot {i}", "answer": i}) for i in range(20)))
-    rows, _ = remax.load_prompts(str(tmp_path / "p.jsonl"), "prompt", tokenizer, 64)
+    rows, _ = load(tmp_path / "p.jsonl", tokenizer)
 
     def reward(prompts, completions, answer, **kwargs):
         assert all(p == f"The plot {a}" for p, a in zip(prompts, answer)) and len(completions) == 8
         return [float(a) for a in answer]
     ids = torch.tensor(tokenizer([" was brilliant."])["input_ids"]).repeat(8, 1)
-    rewards, texts = remax.score(reward, tokenizer, rows[:4], ids)
+    rewards, texts = remax.score_responses(reward, tokenizer, 0.0, rows[:4], ids)
     assert rewards.tolist() == [row["columns"]["answer"] for row in rows[:4]] * 2
     assert texts == [" was brilliant."] * 8
 
 
 def test_reward_model_ignores_padding_and_reads_the_last_label():
-    reward = remax.load_reward(str(DATA / "tiny-reward"), torch.float32, torch.device("cpu"), torch.device("cpu"))
+    reward = tiny_reward()
     prompts, answers = ["The plot", "The music of this western"], [" was superb.", " put me to sleep. I hated it, and I left the cinema angry."]
     together = reward(prompts=prompts, completions=answers)
     alone = [reward(prompts=[p], completions=[a]).item() for p, a in zip(prompts, answers)]
@@ -545,7 +568,7 @@ def test_reward_of_a_gpt2_classifier(tmp_path, labels):
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
     tokenizer.save_pretrained(tmp_path)
-    reward = remax.load_reward(str(tmp_path), torch.float32, torch.device("cpu"), torch.device("cpu"))
+    reward = tiny_reward(tmp_path)
     texts = ["The plot was superb.", "It was dreadful and the cast put me to sleep."]
     got = reward(prompts=["", ""], completions=texts)
     for text, value in zip(texts, got):
@@ -553,11 +576,18 @@ def test_reward_of_a_gpt2_classifier(tmp_path, labels):
         assert value.item() == pytest.approx((logits[0] if labels == 1 else logits.softmax(0)[-1]).item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [1.0, float("inf")]])
-def test_unusable_rewards_stop_the_run(tokenizer, answer):
+@pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [1.0, float("inf")], ["good", "bad"], None, [[1.0], [2.0]]])
+def test_unusable_rewards_stop_the_run_before_the_update(tokenizer, answer):
     rows = [{"ids": [5], "text": "a", "columns": {"prompt": "a"}}] * 2
-    with pytest.raises(ValueError, match="--reward"):
-        remax.score(lambda **kwargs: answer, tokenizer, rows, torch.full((2, 3), 5))
+    with pytest.raises((AssertionError, ValueError, TypeError, RuntimeError)):
+        remax.score_responses(lambda **kwargs: answer, tokenizer, 0.0, rows, torch.full((2, 3), 5))
+
+
+def test_missing_eos_penalty_is_taken_off_sampled_and_greedy_rows_alike(tokenizer):
+    rows, eos = [{"ids": [5], "text": "a", "columns": {"prompt": "a"}}] * 2, tokenizer.eos_token_id
+    responses = torch.tensor([[7, 8, 9], [7, eos, 0], [7, 8, 9], [eos, 0, 0]])
+    rewards, _ = remax.score_responses(lambda prompts, **kwargs: [1.0] * len(prompts), tokenizer, 0.25, rows, responses)
+    assert rewards.tolist() == [0.75, 1.0, 0.75, 1.0]
 
 
 # --------------------------------------------- whole runs ---------------------------------------------
@@ -599,8 +629,8 @@ def test_saved_model_is_the_checkpoint_but_for_its_weights(tiny_run):
 
 def test_the_same_seed_gives_the_same_metrics(tiny_run, tmp_path):
     """To the bit, on a CPU; nor do evaluations touch the noise of training."""
-    remax.main(["--output-dir", str(tmp_path), "--steps", "3", "--eval-every", "1", "--lr", "0"])
-    remax.main(["--output-dir", str(tmp_path / "b"), "--steps", "3", "--eval-every", "3", "--lr", "0"])
+    remax.main(["--output-dir", str(tmp_path), "--steps", "3", "--eval-every", "1", "--lr", "1e-30"])
+    remax.main(["--output-dir", str(tmp_path / "b"), "--steps", "3", "--eval-every", "3", "--lr", "1e-30"])
     a, b = ([{k: v for k, v in r.items() if "seconds" not in k and k != "peak_memory_gb"} for r in metrics(folder)
              if "reward" in r] for folder in (tmp_path, tmp_path / "b"))
     assert a == b and a[0]["reward"] == metrics(tiny_run)[1]["reward"]
@@ -643,11 +673,267 @@ def test_help_names_every_flag_and_the_tiny_defaults():
         assert "--" + field.replace("_", "-") in done.stdout
 
 
+# ------------------------------------------ resuming ------------------------------------------
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of a run of little work a step: short answers to few prompts."""
+    path = tmp_path_factory.mktemp("small") / "prompts.jsonl"
+    lines = (DATA / "prompts.jsonl").read_text().splitlines()[:30]
+    path.write_text("\n".join(lines))
+    return ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12, "--eval-every", 4, "--save-every", 2]
+
+
+def same(a, b):
+    """Two runs' metrics but for seconds, and their weights, are equal to the bit."""
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(folder)] for folder in (a, b)]
+    assert rows[0] == rows[1]
+    assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
+
+
+def go(small, folder, *args):
+    remax.main([*map(str, small), "--output-dir", str(folder), *map(str, args)])
+
+
+KILLER = """
+import os, random, signal, sys, time, datasets
+from transformers import DistilBertForSequenceClassification, GPT2LMHeadModel
+sys.path.insert(0, sys.argv[1])
+import remax
+log, args, chance = sys.argv[2] + "/metrics.jsonl", sys.argv[3:] + ["--output-dir", sys.argv[2]], random.Random(0)
+size = lambda: os.path.getsize(log) if os.path.exists(log) else 0
+for life in range(13):
+    start, pid = size(), os.fork()  # a fork spares the imports
+    if pid == 0:
+        remax.main(args + ["--resume"] * (start > 0))
+        os._exit(0)
+    goal = -1 if life % 4 == 3 else start + chance.randrange(1500)  # while it loads, or some rows further on
+    while life < 12 and size() <= goal and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.002)
+    if life < 12:
+        time.sleep(chance.random() * 0.2)
+        os.kill(pid, signal.SIGKILL)
+    print(os.waitpid(pid, 0)[1])
+"""
+
+
+def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tmp_path):
+    """kill -9 at random moments, loading and saving included; no row lost, doubled or half-written."""
+    go(small, tmp_path / "whole", "--steps", 60)
+    done = subprocess.run([sys.executable, "-c", KILLER, Path(remax.__file__).parent, tmp_path / "killed", *map(str, small), "--steps", "60"],
+                          capture_output=True, text=True, timeout=280)
+    ends = [word for word in done.stdout.split("\n") if word.isdigit()]
+    assert ends == ["9"] * 12 + ["0"], done.stderr[-2000:]  # signal 9, and at last a clean exit
+    same(tmp_path / "whole", tmp_path / "killed")
+    assert len(list((tmp_path / "killed/checkpoint").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_say_how_to_resume_and_lose_nothing(small, tmp_path, kind, code):
+    flags = [*map(str, small), "--steps", "80", "--save-every", "1000", "--output-dir", str(tmp_path / "cut")]
+    process = subprocess.Popen([sys.executable, remax.__file__, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "cut/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size > 1000):
+        time.sleep(0.01)
+    process.send_signal(kind)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and "--resume" in out.splitlines()[-1], err
+    before = log.read_text()
+    assert len(before) > 1000 and "Traceback" not in out
+    remax.main([*flags, "--resume"])
+    assert log.read_text().startswith(before)  # it went on, it did not start again
+    assert [r["step"] for r in metrics(tmp_path / "cut") if "reward" in r] == list(range(1, 81))
+    state = torch.load(tmp_path / "cut/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 80 and (tmp_path / "cut/checkpoint/step-80/model.safetensors").exists()
+
+
+def test_resumed_equals_whole_and_larger_steps_extend_a_run(small, tmp_path):
+    go(small, tmp_path / "a", "--steps", 4)
+    before = metrics(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    go(small, tmp_path / "moved", "--steps", 7, "--resume")
+    rows = metrics(tmp_path / "moved")
+    assert rows[:len(before)] == before and [r["step"] for r in rows] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 7]
+    assert rows[-2]["lr"] == pytest.approx(6e-4 * 0.5 * (1 + torch.tensor(6 / 7 * torch.pi).cos().item()))
+    go(small, tmp_path / "moved", "--steps", 7, "--resume")  # nothing left to do: no harm either
+    assert metrics(tmp_path / "moved") == rows
+
+
+def test_rows_past_the_checkpoint_are_cut_off(small, tmp_path):
+    go(small, tmp_path / "whole", "--steps", 4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/model")
+    with open(tmp_path / "cut/metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "reward": 1.0}\n{"step": 6, "rew')
+    go(small, tmp_path / "cut", "--steps", 4, "--resume")
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_refuses_other_mathematics_and_a_new_run_a_used_folder(small, tmp_path, capsys):
+    go(small, tmp_path, "--steps", 2)
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    flags = [*small, "--output-dir", tmp_path]
+    for extra, word in ((["--steps", 2], "--resume"), (["--steps", 2, "--resume", "--lr", "1e-5"], "--lr 1e-05"), (["--steps", 1, "--resume"], "--steps 1"),
+                        (["--steps", 2, "--resume", "--baseline", "none"], "--baseline none"), (["--steps", 2, "--resume", "--seed", 1], "--seed 1")):
+        code, said = answer(capsys, *flags, *extra)
+        assert code == 1 and word in " ".join(said) and len(said) <= 3
+        assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    go(small, tmp_path, "--steps", 2, "--resume", "--micro-batch-size", 4, "--offload")  # these change no mathematics
+
+
+def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(small, tmp_path, capsys, monkeypatch):
+    go(small, tmp_path / "whole", "--steps", 4)
+    torch_save = torch.save
+
+    def full(state, path):
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        torch_save(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "full", "--steps", 4)
+    assert code == 1 and "No space left" in said[-2] and "what was saved stays" in said[-1] and "--output-dir" in said[-1]
+    monkeypatch.undo()
+    go(small, tmp_path / "full", "--steps", 4, "--resume")
+    same(tmp_path / "whole", tmp_path / "full")
+
+
+def test_disk_full_at_the_last_moment(small, tmp_path, capsys, monkeypatch):
+    original = transformers.PreTrainedModel.save_pretrained
+
+    def save_pretrained(self, folder, **kwargs):
+        if Path(folder).name == "model":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, folder, **kwargs)
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save_pretrained)
+    code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 1)
+    assert code == 1 and "No space left" in said[-2] and "what was saved stays" in said[-1]
+    monkeypatch.undo()
+    go(small, tmp_path, "--steps", 1, "--resume")
+    assert (tmp_path / "model/model.safetensors").exists()
+
+
+def test_a_strangers_checkpoint_runs_no_code(small, tmp_path, capsys):
+    go(small, tmp_path, "--steps", 2)
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "owned",)
+    torch.save({"step": 2, "log_bytes": 0, "args": Evil()}, tmp_path / "checkpoint/state.pt")
+    code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 2, "--resume")
+    assert code == 1 and "--output-dir" in said[-1] and not (tmp_path / "owned").exists()
+
+
+# ------------------------------------------ mistakes ------------------------------------------
+
+FILES = {  # name -> content
+    "broken.py": "def f(:", "ok.py": "x = 1", "raises.py": "def f(**k):\n    return 1 / 0", "few.py": "def f(**k):\n    return [1.0]",
+    "words.py": "def f(prompts, **k):\n    return ['good'] * len(prompts)", "nan.py": "def f(prompts, **k):\n    return [float('nan')] * len(prompts)",
+    "inf.py": "def f(prompts, **k):\n    return [float('inf')] * len(prompts)", "none.py": "def f(**k):\n    pass",
+    "memory.py": "import torch\ndef f(**k):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB.')",
+    "empty.jsonl": "", "blank.txt": "\n\n\n", "number.jsonl": '{"prompt": 1}\n' * 60, "null.jsonl": '{"prompt": null}\n{"prompt": "The plot"}\n' * 60,
+    "broken.jsonl": '{"prompt": "The plot"}\n{"prompt": "The cast"\n', "broken.json": '[{"prompt": "The plot"}, {"prom', "header.csv": "prompt\n",
+    "chat.jsonl": '{"prompt": [{"role": "user", "content": "Hello"}]}\n' * 60, "few.jsonl": '{"prompt": "The plot"}\n' * 20, "a file": "",
+}
+MISTAKES = [  # the flags, words that the answer must have
+    ("--model nosuch", "--model nosuch"), ("--model no/such", "--model no/such"), ("--model {data}/tiny-reward", "classifier --model"),
+    ("--reward nosuch", "--reward nosuch"), ("--reward {data}/tiny-policy", "--reward classifier"), ("--reward nosuch.py:f", "--reward nosuch.py"),
+    ("--reward broken.py:f", "SyntaxError broken.py line"), ("--reward ok.py:f", "--reward function f"), ("--reward raises.py:f", "ZeroDivisionError --reward"),
+    ("--reward few.py:f", "64 number --reward"), ("--reward words.py:f", "str --reward"), ("--reward nan.py:f", "nan finite --reward"),
+    ("--reward inf.py:f", "inf finite --reward"), ("--reward none.py:f", "None --reward"),
+    ("--reward memory.py:f", "memory --batch-size 32 --micro-batch-size 8 --offload None --optimizer adamw --gradient-checkpointing False"),
+    ("--prompts nosuch", "--prompts nosuch"), ("--prompts nosuch.jsonl", "--prompts nosuch.jsonl"), ("--prompts empty.jsonl", "--prompts empty.jsonl"),
+    ("--prompts blank.txt", "0 prompts"), ("--prompts number.jsonl", "--prompts str"), ("--prompts null.jsonl", "--prompts str"),
+    ("--prompts broken.jsonl", "line 2 broken.jsonl"), ("--prompts broken.json", "position broken.json"), ("--prompts header.csv", "--prompts header.csv"),
+    ("--prompts chat.jsonl", "template --prompts"), ("--prompts few.jsonl", "16 prompts --batch-size 32"), ("--prompt-column nosuch", "--prompt-column nosuch"),
+    ("--prompts long.jsonl --model {chat} --max-prompt-tokens 9", "0 prompts"),
+    ("--max-new-tokens 100", "128 positions --max-new-tokens 100 --max-prompt-tokens 64"), ("--device nonsense", "--device nonsense"),
+    ("--baseline critic", "--baseline greedy none"), ("--optimizer sgd", "--optimizer adamw adafactor"), ("--steps two", "--steps int"), ("--nonsense 1", "--nonsense"),
+    ("--micro-batch-size 5", "--micro-batch-size 5 divide --batch-size 32"), ("--output-dir {tmp}/afile", "--output-dir afile"),
+    ("--output-dir {tmp}/afile/x", "--output-dir afile/x"), ("--output-dir /dev/null/x", "--output-dir /dev/null/x"), ("--resume", "no run to resume --resume"),
+    *((f"--{flag} {value}", f"--{flag} 0") for flag in (
+        "steps batch-size lr max-grad-norm kl-coef micro-batch-size max-new-tokens max-prompt-tokens eval-every save-every missing-eos-penalty seed".split())
+      for value in (["-1", "0"] if flag not in ("kl-coef", "missing-eos-penalty", "seed") else ["-1"])),
+    *((f"--{flag} {value}", f"--{flag} {value} finite") for flag in ("lr", "kl-coef", "max-grad-norm", "missing-eos-penalty") for value in ("nan", "inf")),
+] + [("--device cuda", "--device cuda")] * (not torch.cuda.is_available())
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with every broken file, and a model with a chat template."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name, text in FILES.items():
+        (folder / name.replace(" ", "")).write_text(text)
+    (folder / "long.jsonl").write_text((json.dumps({"prompt": [{"role": "user", "content": "The plot was " * 9}]}) + "\n") * 60)
+    shutil.copytree(DATA / "tiny-policy", folder / "chat")
+    AutoTokenizer.from_pretrained(DATA / "tiny-policy", chat_template=TEMPLATE).save_pretrained(folder / "chat")
+    return folder
+
+
+@pytest.mark.parametrize("flags, words", MISTAKES, ids=[flags.replace("{data}/", "") for flags, _ in MISTAKES])
+def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(desk)
+    flags = flags.format(data=DATA, tmp=desk, chat=desk / "chat").split()
+    code, said = answer(capsys, *["--output-dir", tmp_path] * ("--output-dir" not in flags), *flags)
+    assert code in (1, 2) and len(said) <= 3 and "Traceback" not in " ".join(said)
+    for word in words.split():
+        assert word in " ".join(said), said
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_mistake_as_the_shell_sees_it(desk, tmp_path):
+    done = run("--model", "nosuch", "--output-dir", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and len(done.stderr.strip().split("\n")) <= 3, done.stderr
+    assert "--model nosuch" in done.stderr and not done.stdout
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def buggy(*args, **kwargs):
+        raise ValueError("a bug")
+    monkeypatch.setattr(remax, "remax_step", buggy)
+    with pytest.raises(ValueError, match="a bug"):
+        remax.main(["--output-dir", str(tmp_path)])
+
+
+def test_a_reward_that_fails_later_leaves_the_checkpoint_whole(small, tmp_path, capsys, monkeypatch):
+    (tmp_path / "late.py").write_text("calls = []\ndef f(completions, **k):\n    calls.append(1)\n"
+                                      "    return [len(c) * (1 if len(calls) < 6 else float('nan')) for c in completions]")
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", "--reward", f"{tmp_path}/late.py:f", "--steps", 9, "--kl-coef", 0)
+    assert code == 1 and "finite" in said[-2] and "--reward" in said[-1]
+    (folder,) = (tmp_path / "run/checkpoint").glob("step-*")
+    assert torch.load(folder.parent / "state.pt", weights_only=True)["step"] == int(folder.name[5:]) >= 2
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_five_steps_without_a_finite_gradient_stop_the_run_with_a_checkpoint(small, tmp_path, capsys):
+    (tmp_path / "huge.py").write_text("def f(completions, **k):\n    return [3e38 * (-1) ** i for i in range(len(completions))]")
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", "--reward", f"{tmp_path}/huge.py:f", "--steps", 9, "--baseline", "none")
+    assert code == 1 and "5 steps" in said[-1] and "--lr" in said[-1]
+    assert [r["skipped"] for r in metrics(tmp_path / "run") if "reward" in r] == [1.0] * 5
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint/step-5")
+    assert torch.equal(weights(saved), weights(AutoModelForCausalLM.from_pretrained(DATA / "tiny-policy")))
+
+
+def test_twenty_steps_that_teach_nothing_are_named_once(small, tmp_path, capsys):
+    (tmp_path / "constant.py").write_text("def f(completions, **k):\n    return [1.0] * len(completions)")
+    go(small, tmp_path / "run", "--reward", f"{tmp_path}/constant.py:f", "--steps", 23, "--kl-coef", 0, "--eval-every", 50)
+    assert capsys.readouterr().out.count("warning") == 1
+
+
+def test_tokens_that_are_missing_are_replaced_and_said(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
+    shutil.copytree(DATA / "tiny-policy", tmp_path / "policy")
+    tokenizer.pad_token, tokenizer.eos_token = tokenizer.eos_token, None
+    tokenizer.save_pretrained(tmp_path / "policy")
+    remax.main(["--model", str(tmp_path / "policy"), "--reward", str(DATA / "tiny-reward"), "--steps", "1", "--output-dir", str(tmp_path / "run"), "--lr", "1e-9"])
+    assert "EOS '<|endoftext|>', pad '<|endoftext|>'" in capsys.readouterr().out
+
+
 # ------------------------------------------- sabotage -------------------------------------------
 
 SABOTAGE = [  # what is broken, the line, its broken form, the test that must notice
-    ("position_ids dropped", "(attention.cumsum(1) - 1).clamp(min=0)} if takes_positions", "None} if False", "padding_changes"),
-    ("positions dropped while decoding", "positions[:rows, start:end]} if takes_positions", "None} if False", "greedy_half"),
+    ("position_ids dropped", "position_ids=positions, use_cache=False", "use_cache=False", "padding_changes"),
+    ("positions dropped while decoding", "position_ids=positions[:rows, start:end], ", "", "greedy_half"),
     ("EOS left out of the mask", "is_eos.cumsum(1) - is_eos == 0", "is_eos.cumsum(1) == 0", "first_eos"),
     ("mask from pad ids", "(is_eos.cumsum(1) - is_eos == 0)", "(response != eos_id)", "first_eos"),
     ("KL sign flipped", "logprobs.detach() - ref_logprobs)", "ref_logprobs - logprobs.detach())", "by_hand"),
@@ -674,11 +960,24 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("reward model without mask", "model.to(device)(**batch)", 'model.to(device)(batch["input_ids"])', "ignores_padding"),
     ("columns misaligned with rows", "rows = rows * (len(responses) // len(rows))",
      "rows = [row for row in rows for _ in range(len(responses) // len(rows))]", "aligned"),
-    ("weights saved with use_cache off", "policy.config = AutoConfig.from_pretrained(cfg.model)",
+    ("weights saved with use_cache off", "policy.config = config",
      "policy.config = AutoConfig.from_pretrained(cfg.model, use_cache=False)", "saved_model"),
-    ("dropout saved as 0", "policy.config = AutoConfig.from_pretrained(cfg.model)", "pass", "saved_model"),
+    ("dropout saved as 0", "policy.config = config", "pass", "saved_model"),
     ("finished rows go on", ".masked_fill(done, pad_id)", "", "greedy_half"),
-    ("evaluation moves the noise of training", "with torch.random.fork_rng(), weights_as(", "with weights_as(", "same_seed"),
+    ("resume that forgets the RNG", 'set_seed(random.Random(f"{cfg.seed}/{step}").getrandbits(32))', 'step == state["step"] + 1 and set_seed(cfg.seed)', "while_saving"),
+    ("resume that restarts the data order", "random.sample(rows,", 'random.Random(step - state["step"]).sample(rows,', "while_saving"),
+    ("resume that forgets the weights", 'weights = path.with_name(f"step-{state[\'step\']}")', "pass", "while_saving"),
+    ("resume that forgets the optimizer", 'optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))', "pass", "while_saving"),
+    ("resume that restarts the learning rate", 'max(state["step"], 0) - 1)', "-1)", "extend_a_run"),
+    ("resume that keeps the rows past the checkpoint", 'log.truncate(state["log_bytes"])', "pass", "cut_off"),
+    ("resume with other mathematics", 'if name == "micro_batch_size":', "if True:", "other_mathematics"),
+    ("checkpoint written over the old one", 'folder / f"step-{state[\'step\']}"', 'folder / "step-0"', "killed"),
+    ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
+    ("new run over an old one", "assert cfg.resume == (log.tell() > 0)", "assert True", "used_folder"),
+    ("Ctrl-C that saves nothing", "if asked or skipped == 5 or step == cfg.steps or", "if skipped == 5 or step == cfg.steps or", "sigterm"),
+    ("penalty for sampled rows alone", "missing_eos_penalty * (responses", "missing_eos_penalty * (torch.arange(len(rows)) < 2) * (responses", "penalty"),
+    ("bugs answered like mistakes", "if place in FAULT), []))", 'if place in FAULT), ["model"]))', "traceback"),
+    ("evaluation moves the noise of training", 'set_seed(random.Random(f"{cfg.seed}/{step}").getrandbits(32))', "step or set_seed(cfg.seed)", "same_seed"),
     ("second BOS", "add_special_tokens=not chat)[", "add_special_tokens=True)[", "template_once"),
 ]
 
@@ -694,7 +993,7 @@ def test_sabotage_is_noticed(name, line, broken, test, tmp_path):
     (tmp_path / "data").symlink_to(DATA)
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", f"{test} and not sabotage", "-p", "no:cacheprovider",
                            str(tmp_path / "test_remax.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "Error" in done.stdout, done.stdout[-2000:]
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:]
 
 
 @pytest.fixture(autouse=True)
@@ -706,6 +1005,7 @@ def slow_only_on_request(request):
 # ------------------------------------------- the README -------------------------------------------
 
 README = (ROOT / "README.md").read_text()
+TEXT = " ".join(README.split())  # line ends aside
 
 
 def results(name):
@@ -713,19 +1013,66 @@ def results(name):
 
 
 def test_readme_quotes_its_logs():
-    for arm in "remax", "reinforce":
-        runs = [results(f"tiny/{arm}-{seed}.jsonl") for seed in range(5)]
-        for values in ([run[-1]["eval_reward"] for run in runs], [run[-1]["eval_reward"] - 0.05 * run[-1]["eval_kl"] for run in runs]):
-            assert f"{statistics.mean(values):.3f} +- {statistics.stdev(values):.3f}" in README
+    arms = {arm: [results(f"tiny/{arm}-{seed}.jsonl") for seed in range(5)] for arm in ("remax", "reinforce")}
+    logged = {row["log"]: row for row in results("tiny/runs.jsonl")}
+    for arm, runs in arms.items():
         kl = [run[-1]["eval_kl"] for run in runs]
-        assert f"{statistics.mean(kl):.2f} +- {statistics.stdev(kl):.2f}" in README
+        cells = [f"{statistics.mean(v):.3f} +- {statistics.stdev(v):.3f}" for v in (
+            [run[-1]["eval_reward"] for run in runs], [run[-1]["eval_reward"] - 0.05 * run[-1]["eval_kl"] for run in runs])]
+        rows = [logged[f"{arm}-{seed}.jsonl"] for seed in range(5)]
+        cells += [f"{statistics.mean(kl):.2f} +- {statistics.stdev(kl):.2f}", f"{statistics.mean(run[-1]['eval_greedy_reward'] for run in runs):.3f}"]
+        cells += [f"{statistics.mean(row['grad_norm_last_20'] for row in rows):.1f} +- {statistics.stdev(row['grad_norm_last_20'] for row in rows):.1f}"]
+        cells += [f"{statistics.mean(row['step_seconds'] for row in rows):.0f} |"]
+        line = next(line for line in README.split("\n") if line.startswith({"remax": "| ReMax |", "reinforce": "| REINFORCE"}[arm]))
+        assert all(cell in line for cell in cells), (arm, cells)
+        for seed, run in enumerate(runs):  # a row of runs.jsonl is what its log says
+            assert rows[seed]["eval_reward_after"] == run[-1]["eval_reward"] and f"--seed {seed}" in rows[seed]["command"]
+    kl = [statistics.mean(run[-1]["eval_kl"] for run in runs) for runs in arms.values()]
+    assert f"{kl[1] / kl[0]:.1f} times the KL" in TEXT
+    assert f"from a held-out reward of {logged['remax-0.jsonl']['eval_reward_before']:.3f};" in TEXT
     assert remax.TINY["kl_coef"] == 0.05 and remax.TINY["steps"] == 60
     for model in "start", "end":
         quoted = [f"{row['ratio']:.2f}" for row in results("variance.jsonl") if row["model"] == model]
-        assert f"{quoted[0]}, {quoted[1]} and {quoted[2]} of" in README
+        assert f"{quoted[0]}, {quoted[1]} and {quoted[2]} of" in TEXT
     for row in results("memory.jsonl"):
-        if "one by one" not in row["flags"]:
-            assert row["kind"] == "computed" and f"{row['peak_gb']:.1f}" in README, row["flags"]
+        assert row["kind"] == "computed" and f"{row['peak_gb']:.1f}" in TEXT, row["flags"]
+    small, large = (row["ratio"] for row in results("cpu.jsonl"))
+    assert f"takes {small['ReMax/RLOO']:.2f} of RLOO's and {small['ReMax/GRPO']:.2f} of GRPO's" in TEXT
+    assert f"{large['ReMax/RLOO']:.2f} and {large['ReMax/GRPO']:.2f} at 17M" in TEXT
+    (peer,) = results("tiny_vs_rloo.jsonl")
+    assert f"{peer['RLOO']['median']:.1f} s at the best of three rates (chosen on one seed), ReMax {peer['ReMax']['median']:.1f} s" in TEXT
+
+
+def test_readme_console_is_the_first_seeds():
+    """The figures of its closing table; the samples come from the same run."""
+    first, last = (results("tiny/remax-0.jsonl")[i] for i in (0, -1))
+    for key in "eval_reward", "eval_kl":
+        assert f"    {key:20}{first[key]:.4g} -> {last[key]:.4g}" in README
+
+
+def test_readme_exercises_name_tests_that_there_are():
+    source = (ROOT / "test_remax.py").read_text()
+    exercises = re.findall(r"^\d\. .*(?:Fails|Passes): .*$", README, re.M)
+    assert len(exercises) == 8
+    for word in re.findall(r"`(\w+)`", " ".join(line.split("s: ", 1)[1].split("Runs")[0] for line in exercises)):
+        assert re.search(rf"def test_\w*{word}", source), word
+
+
+def test_readme_reward_function_with_an_answer_column(tmp_path, monkeypatch):
+    """The worked example, word for word, but with the tiny policy."""
+    monkeypatch.chdir(tmp_path)
+    Path("sums.py").write_text(re.search(r"^      def right.*\n.*\n", README, re.M)[0].replace("\n      ", "\n").strip())
+    Path("sums.jsonl").write_text((re.search(r"`(\{\"prompt\": \"Two.*?\})`", README)[1] + "\n") * 12)
+    remax.main("--prompts sums.jsonl --reward sums.py:right --steps 1 --batch-size 8 --output-dir out".split())
+    assert 0 <= metrics("out")[1]["reward"] <= 1
+
+
+def test_plot_draws_any_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in "figure.svg", "figure.png":
+        done = subprocess.run([sys.executable, DATA / "plot.py", "--out", tmp_path / name, "--arm", "ReMax", *(DATA / "results/tiny").glob("remax-*.jsonl")],
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and (tmp_path / name).stat().st_size > 5000, done.stderr
 
 
 def test_readme_names_every_flag_column_and_file_there_is():
@@ -742,11 +1089,11 @@ def test_readme_names_every_flag_column_and_file_there_is():
         assert callable(getattr(remax, name))
 
 
-@pytest.mark.parametrize("command", re.findall(r"^    (?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M))
+@pytest.mark.parametrize("command", re.findall(r"^ +(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M))
 def test_readme_commands_parse(command):
     remax.parse(command.split())
 
 
 def test_the_files_bounds():
     lines = (ROOT / "remax.py").read_text().splitlines()
-    assert len(lines) <= 400 and max(map(len, lines)) <= 100
+    assert len(lines) <= 450 and max(map(len, lines)) <= 100

@@ -8,7 +8,6 @@ draws two completions a prompt; ReMax one, and one greedy. Rounds take turns (Re
 median second of each round's steps is kept, and the ratio taken per round.
 """
 import argparse
-import gc
 import json
 import os
 import platform
@@ -66,10 +65,9 @@ def remax_round(model, tokenizer, prompts, steps, args, folder):
     remax.main(["--model", str(model), "--prompts", f"{folder}/prompts.jsonl", "--reward", f"{__file__}:reward",
                 "--batch-size", str(args.batch), "--micro-batch-size", str(args.micro), "--kl-coef", "0.05", "--lr", "1e-5",
                 "--max-new-tokens", str(args.new_tokens), "--steps", str(steps), "--no-gradient-checkpointing",
-                "--eval-every", str(10**6), "--output-dir", f"{folder}/out"])
-    gc.unfreeze()
+                "--eval-every", str(10**6), "--output-dir", out := tempfile.mkdtemp(dir=folder)])
     torch.set_num_threads = set_num_threads
-    rows = [r for r in map(json.loads, open(f"{folder}/out/metrics.jsonl")) if "reward" in r]
+    rows = [r for r in map(json.loads, open(f"{out}/metrics.jsonl")) if "reward" in r]
     assert all(row["tokens"] == args.new_tokens for row in rows)
     return statistics.median(sum(r[f"{phase}_seconds"] for phase in ("rollout", "score", "update")) for r in rows[1:])
 
@@ -112,7 +110,8 @@ def main():
                 ratio={f"ReMax/{kind}": round(statistics.median(r), 3) for kind, r in ratios.items()},
                 ratios={kind: [round(x, 3) for x in r] for kind, r in ratios.items()},
                 torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__,
-                machine=platform.processor() or platform.machine())), flush=True)
+                machine=platform.processor() or platform.machine(),
+                command="python data/bench_cpu.py " + " ".join(sys.argv[1:]))), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -60,13 +61,16 @@ class Clock(TrainerCallback):
 
 def rloo_curve(seed, lr, args, folder):
     cfg = remax.Config(**remax.TINY, seed=seed)
-    policy, _, tokenizer, _ = remax.load_models(cfg, CPU, torch.float32)
-    rows, held_out = remax.load_prompts(cfg.prompts, cfg.prompt_column, tokenizer, cfg.max_prompt_tokens)
-    reward = remax.load_reward(cfg.reward, torch.float32, CPU, CPU)
+    _, _, tokenizer = remax.check_model(cfg)
+    policy, _, _ = remax.load_models(cfg, CPU, torch.float32, cfg.model)
+    rows, held_out = remax.load_prompts(cfg, tokenizer)
+    reward = remax.load_reward(cfg.reward, torch.float32, CPU, lambda: CPU)
 
     def evaluate():
         training = policy.training
-        figures = remax.evaluate(policy, None, reward, tokenizer, held_out, torch.float32, CPU, cfg)
+        with torch.random.fork_rng():  # RLOO's own noise is left alone
+            figures = remax.evaluate(policy, None, partial(remax.score_responses, reward, tokenizer, 0.0),
+                                     tokenizer, held_out, torch.float32, CPU, cfg)
         policy.train(training)
         return figures["eval_reward"]
     clock = Clock(evaluate, args.every)

@@ -18,7 +18,6 @@ import os
 import random
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -39,11 +38,11 @@ def estimates(policy, reference, reward, tokenizer, rows, n, cfg):
     parameters = list(policy.eval().parameters())
     grads = torch.empty(2, n, sum(p.numel() for p in parameters))
     _, greedy = remax.rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id)      # (B,T)
-    baseline, _ = remax.score(reward, tokenizer, rows, greedy)                     # (B,): no noise
+    baseline, _ = remax.score_responses(reward, tokenizer, 0.0, rows, greedy)      # (B,): no noise
     rewards = torch.zeros(n)
     for i in tqdm(range(n), leave=False):
         y, _ = remax.rollout(policy, *x, cfg.max_new_tokens, eos_id, pad_id, greedy=False)  # (B,T)
-        r, _ = remax.score(reward, tokenizer, rows, y)                             # (B,)
+        r, _ = remax.score_responses(reward, tokenizer, 0.0, rows, y)              # (B,)
         mask, rewards[i] = remax.response_mask(y, eos_id), r.mean()
         with torch.no_grad():
             ref = remax.token_logprobs(reference, *x, y, mask)                     # (B,T)
@@ -77,12 +76,13 @@ def main(argv=None):
     if (n := args.estimates) < 2:
         parser.error("--estimates: at least 2, or there is no variance")
     cfg = remax.parse(["--device", "cpu"])  # without --model: remax.TINY
-    start, reference, tokenizer, _ = remax.load_models(cfg, CPU, torch.float32)
+    _, _, tokenizer = remax.check_model(cfg)
+    start, reference, _ = remax.load_models(cfg, CPU, torch.float32, cfg.model)
     policies = {"start": start}
     if args.trained:
-        policies["end"] = remax.load_models(replace(cfg, model=args.trained), CPU, torch.float32)[0]
-    reward = remax.load_reward(cfg.reward, torch.float32, CPU, CPU)
-    rows, _ = remax.load_prompts(cfg.prompts, cfg.prompt_column, tokenizer, cfg.max_prompt_tokens)
+        policies["end"] = remax.load_models(cfg, CPU, torch.float32, args.trained)[0]
+    reward = remax.load_reward(cfg.reward, torch.float32, CPU, lambda: CPU)
+    rows, _ = remax.load_prompts(cfg, tokenizer)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for seed, (name, policy) in ((s, item) for s in args.seeds for item in policies.items()):
         torch.manual_seed(seed)
