@@ -969,11 +969,11 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("resume that forgets the weights", 'weights = path.with_name(f"step-{state[\'step\']}")', "pass", "while_saving"),
     ("resume that forgets the optimizer", 'optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))', "pass", "while_saving"),
     ("resume that restarts the learning rate", 'max(state["step"], 0) - 1)', "-1)", "extend_a_run"),
-    ("resume that keeps the rows past the checkpoint", 'log.truncate(state["log_bytes"])', "pass", "cut_off"),
+    ("resume that keeps the rows past the checkpoint", 'log.truncate(min(state["log_bytes"], log.tell()))', "pass", "cut_off"),
     ("resume with other mathematics", 'if name == "micro_batch_size":', "if True:", "other_mathematics"),
     ("checkpoint written over the old one", 'folder / f"step-{state[\'step\']}"', 'folder / "step-0"', "killed"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
-    ("new run over an old one", "assert cfg.resume == (log.tell() > 0)", "assert True", "used_folder"),
+    ("new run over an old one", "assert cfg.resume == there", "assert True", "used_folder"),
     ("Ctrl-C that saves nothing", "if asked or skipped == 5 or step == cfg.steps or", "if skipped == 5 or step == cfg.steps or", "sigterm"),
     ("penalty for sampled rows alone", "missing_eos_penalty * (responses", "missing_eos_penalty * (torch.arange(len(rows)) < 2) * (responses", "penalty"),
     ("bugs answered like mistakes", "if place in FAULT), []))", 'if place in FAULT), ["model"]))', "traceback"),
@@ -1092,6 +1092,11 @@ def test_readme_names_every_flag_column_and_file_there_is():
 @pytest.mark.parametrize("command", re.findall(r"^ +(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M))
 def test_readme_commands_parse(command):
     remax.parse(command.split())
+
+
+def test_readme_counts_its_tests():
+    assert f"breaks remax.py in {len(SABOTAGE)} known ways" in TEXT and f"over {len(MISTAKES) // 10 * 10} mistakes" in TEXT
+    assert len(README.splitlines()) <= 180
 
 
 def test_the_files_bounds():
