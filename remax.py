@@ -200,7 +200,7 @@ def check_model(cfg):
     tokenizer, config = (kind.from_pretrained(cfg.model) for kind in (AutoTokenizer, AutoConfig))
     assert "Classification" not in str(config.architectures), "a classifier is no language model"
     limit = getattr(config, "max_position_embeddings", math.inf)
-    assert cfg.max_prompt_tokens + cfg.max_new_tokens <= limit, f"more than {limit} positions"
+    assert cfg.max_prompt_tokens + cfg.max_new_tokens <= limit, f"it has only {limit} positions"
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     print(f"EOS {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}; output in {cfg.output_dir}")

@@ -779,6 +779,10 @@ def test_resume_refuses_other_mathematics_and_a_new_run_a_used_folder(small, tmp
         assert code == 1 and word in " ".join(said) and len(said) <= 3
         assert (tmp_path / "metrics.jsonl").read_bytes() == log
     go(small, tmp_path, "--steps", 2, "--resume", "--micro-batch-size", 4, "--offload")  # these change no mathematics
+    (tmp_path / "metrics.jsonl").unlink()  # a checkpoint alone is a run, too
+    assert answer(capsys, *flags, "--steps", 2)[0] == 1
+    go(small, tmp_path, "--steps", 4, "--resume")
+    assert [row["step"] for row in metrics(tmp_path)] == [3, 4, 4]
 
 
 def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(small, tmp_path, capsys, monkeypatch):
