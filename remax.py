@@ -383,7 +383,7 @@ def train(cfg, asked):
     short = gpu and torch.cuda.get_device_properties(device).total_memory < needed
     home = torch.device("cpu") if cfg.offload or cfg.offload is None and short else device
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
+    optimizer.load_state_dict(state.pop("optimizer", optimizer.state_dict()))
     scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
     lrs = get_cosine_schedule_with_warmup(optimizer, 0, cfg.steps, 0.5, max(state["step"], 0) - 1)
     gc.freeze()  # or Python looks for garbage in all that was imported, again and again: 10 %

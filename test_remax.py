@@ -971,7 +971,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("resume that forgets the RNG", 'set_seed(random.Random(f"{cfg.seed}/{step}").getrandbits(32))', 'step == state["step"] + 1 and set_seed(cfg.seed)', "while_saving"),
     ("resume that restarts the data order", "random.sample(rows,", 'random.Random(step - state["step"]).sample(rows,', "while_saving"),
     ("resume that forgets the weights", 'weights = path.with_name(f"step-{state[\'step\']}")', "pass", "while_saving"),
-    ("resume that forgets the optimizer", 'optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))', "pass", "while_saving"),
+    ("resume that forgets the optimizer", 'optimizer.load_state_dict(state.pop("optimizer", optimizer.state_dict()))', "pass", "while_saving"),
     ("resume that restarts the learning rate", 'max(state["step"], 0) - 1)', "-1)", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint", 'log.truncate(min(state["log_bytes"], log.tell()))', "pass", "cut_off"),
     ("resume with other mathematics", 'if name == "micro_batch_size":', "if True:", "other_mathematics"),
