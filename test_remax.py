@@ -669,6 +669,8 @@ def test_reward_function_from_a_file_without_kl(tmp_path):
 def test_help_names_every_flag_and_the_tiny_defaults():
     done = run("--help", COLUMNS="100")
     assert done.returncode == 0 and "tiny-reward" in done.stdout
+    assert all(f"\n{heading}:\n" in done.stdout for heading in remax.GROUPS.values())
+    assert max(map(len, done.stdout.replace(str(ROOT), "").splitlines())) <= 100
     for field in remax.Config.__dataclass_fields__:
         assert "--" + field.replace("_", "-") in done.stdout
 
@@ -1045,6 +1047,21 @@ def test_readme_quotes_its_logs():
     assert f"{large['ReMax/RLOO']:.2f} and {large['ReMax/GRPO']:.2f} at 17M" in TEXT
     (peer,) = results("tiny_vs_rloo.jsonl")
     assert f"{peer['RLOO']['median']:.1f} s at the best of three rates (chosen on one seed), ReMax {peer['ReMax']['median']:.1f} s" in TEXT
+
+
+@pytest.mark.parametrize("p, r, none, greedy", [(0.3, (1.0, 0.5), "0.152", "0.026"), (0.9, (1.0, 0.1), "0.0032", "0.059")])
+def test_readme_example_of_a_greedy_baseline_that_helps_and_one_that_hurts(p, r, none, greedy):
+    """Two answers: the variance of (r - b) d log pi / d logit, from remax_loss."""
+    def variance(b):
+        logit = torch.tensor(p).logit().requires_grad_()
+        grads = []
+        for logprob, reward in zip((torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)), r):
+            loss = remax.remax_loss(logprob.view(1, 1), 0.0, torch.ones(1, 1), torch.tensor([reward]), torch.tensor([b]), 0.0)
+            grads.append(torch.autograd.grad(loss, logit)[0].item())
+        return p * (1 - p) * (grads[0] - grads[1]) ** 2
+    before, after = variance(0.0), variance(r[0] if p > 0.5 else r[1])
+    assert f"{before:.{len(none) - 2}f}" == none and f"{after:.{len(greedy) - 2}f}" == greedy
+    assert (after < before) == (p < 0.5 + 0.5 * r[1] / (r[0] - r[1])) and f"from {none} to {greedy}" in TEXT
 
 
 def test_readme_console_is_the_first_seeds():
