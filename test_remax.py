@@ -709,11 +709,11 @@ for life in range(13):
     if pid == 0:
         remax.main(args + ["--resume"] * (start > 0))
         os._exit(0)
-    goal = -1 if life % 4 == 3 else start + chance.randrange(1500)  # while it loads, or some rows further on
+    goal = -1 if life % 4 == 3 else start + chance.randrange(900)  # while it loads, or some rows further on
     while life < 12 and size() <= goal and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
     if life < 12:
-        time.sleep(chance.random() * 0.2)
+        time.sleep(chance.random() * 0.1)
         os.kill(pid, signal.SIGKILL)
     print(os.waitpid(pid, 0)[1])
 """
@@ -721,8 +721,8 @@ for life in range(13):
 
 def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tmp_path):
     """kill -9 at random moments, loading and saving included; no row lost, doubled or half-written."""
-    go(small, tmp_path / "whole", "--steps", 60)
-    done = subprocess.run([sys.executable, "-c", KILLER, Path(remax.__file__).parent, tmp_path / "killed", *map(str, small), "--steps", "60"],
+    go(small, tmp_path / "whole", "--steps", 80)
+    done = subprocess.run([sys.executable, "-c", KILLER, Path(remax.__file__).parent, tmp_path / "killed", *map(str, small), "--steps", "80"],
                           capture_output=True, text=True, timeout=280)
     ends = [word for word in done.stdout.split("\n") if word.isdigit()]
     assert ends == ["9"] * 12 + ["0"], done.stderr[-2000:]  # signal 9, and at last a clean exit
