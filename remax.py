@@ -109,7 +109,7 @@ def token_logprobs(model, prompt, attention, response, mask):
     attention = torch.cat([attention, mask], 1)                                        # (B,P+T)
     positions = (attention.cumsum(1) - 1).clamp(min=0)  # without: tens of nats off (trl#6800)
     logits = model(ids, attention_mask=attention, position_ids=positions, use_cache=False,
-                   logits_to_keep=T + 1).logits[:, -T - 1:-1]  # (B,T,V): before t, they predict t
+                   logits_to_keep=T + 1).logits[:, -T - 1:-1]  # (B,T,V): column t predicts y_t
     def pick(logits, token):  # (T,V), (T,) -> (T,), float32: bf16 would be 0.02 nats a token off
         return logits.gather(1, token[:, None])[:, 0].float() - logits.float().logsumexp(1)
     # Recomputed in the backward pass row by row: no float32 copy of all logits is ever kept.
@@ -167,7 +167,7 @@ def remax_step(policy, reference, optimizer, scaler, score, prompt, attention, *
         with torch.no_grad(), autocast:
             refs = [token_logprobs(reference.to(device), *batch) for _, batch in batches]
         reference.to(home)
-    policy.train()  # for gradient checkpointing; the config has dropout at 0
+    policy.train()  # for gradient checkpointing; its dropout is 0
     for (rows, batch), ref in zip(batches, refs):                                      # 5. gradient
         with autocast:
             logprobs = token_logprobs(policy, *batch)                                  # (rows,T)
@@ -196,7 +196,7 @@ def check_model(cfg):
     device = torch.zeros(1, device=cfg.device).device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     auto = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    cfg.precision = auto if cfg.precision == "auto" else cfg.precision
+    cfg.precision = auto if cfg.precision == "auto" else cfg.precision  # for --resume
     tokenizer, config = (kind.from_pretrained(cfg.model) for kind in (AutoTokenizer, AutoConfig))
     assert "Classification" not in str(config.architectures), "a classifier is no language model"
     limit = getattr(config, "max_position_embeddings", math.inf)
@@ -211,8 +211,8 @@ def load_prompts(cfg, tokenizer):
     import datasets  # here: --help need not wait for it
     path, longest, suffix = cfg.prompts, cfg.max_prompt_tokens, Path(cfg.prompts).suffix[1:]
     kind = dict(jsonl="json", txt="text").get(suffix, suffix) if Path(path).is_file() else None
-    for number, line in enumerate(list(open(path))[:9999] if kind and suffix == "jsonl" else []):
-        json.loads("\n" * number + (line.strip() or "0"))  # its error, unlike theirs, has the line
+    for number, line in enumerate(list(open(path, "rb"))[:9999] if suffix == "jsonl" else []):
+        json.loads(b"\n" * number + (line.strip() or b"0"))  # its error names the line
     data = datasets.load_dataset(kind or path, data_files=path if kind else None, split="train")
     prompts = data["text" if kind == "text" else cfg.prompt_column][:]
     if chat := isinstance(prompts[0], list):

@@ -517,6 +517,13 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
         assert suffix == "txt" or row["text"].split()[0] == str(row["columns"]["answer"])
 
 
+def test_prompts_of_any_alphabet_with_a_byte_order_mark_and_blank_lines(tokenizer, tmp_path):
+    lines = [json.dumps({"prompt": f"Фильм {i} был 映画"}, ensure_ascii=False) for i in range(10)]
+    (tmp_path / "p.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    rows, held_out = load(tmp_path / "p.jsonl", tokenizer)
+    assert len(rows) + len(held_out) == 10 and all("Фильм" in row["text"] for row in rows)
+
+
 def test_chat_prompts_go_through_the_template_once(tokenizer, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy", chat_template=TEMPLATE)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # like Llama's, it puts BOS before a text
