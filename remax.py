@@ -1,450 +1,1076 @@
 # SPDX-License-Identifier: MIT
-"""ReMax in one file: REINFORCE whose baseline is the reward of the policy's own greedy answer.
+"""ReMax in one file: REINFORCE whose baseline is the reward of the policy's own greedy response.
 
 One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Algorithm 1):
-  1. Roll out    for each prompt x draw a response y ~ pi(.|x), and decode the greedy one, ybar.
-  2. Score       reward r = r(x, y), baseline b = r(x, ybar). No critic: greedy decoding stands in.
-  3. Mask        a response ends with its first EOS; everything after it is padding.
-  4. Reference   log-probs of y under pi_ref, the frozen model that training started from.
-  5. Gradient    of -sum_t log pi(y_t|x,y_<t) * A_t, A_t = r - b - beta * sum_{s>=t} log(pi/pi_ref).
-  6. Update      clip the gradient norm, one optimizer step, throw the rollout away.
-Gone from PPO: critic, GAE, gamma, lambda, ratios, clip range, inner epochs, whitened advantages.
-Symbols: B prompts, P prompt tokens (padded on the left), T response tokens (padded on the right),
-V vocabulary; x prompt, y response, ybar greedy, r reward, b baseline, A advantage, beta kl_coef.
+  1. Roll out    For each prompt x draw a response y ~ pi(.|x) and decode the greedy one, ybar.
+  2. Score       Reward r = r(x, y), baseline b = r(x, ybar).
+  3. Mask        A response ends with its first EOS; everything after it is padding.
+  4. Reference   Log-probs of y under pi_ref, the frozen model that training started from.
+  5. Gradient    Of -sum_t log pi(y_t|x,y_<t) * A_t, A_t = r - b - beta sum_{s>=t} log(pi/pi_ref).
+  6. Update      Clip the gradient norm, take one optimizer step, throw the rollout away.
+
+What PPO has and ReMax does not need:
+  - a critic, its optimizer, and GAE with gamma and lambda: the greedy response is the baseline;
+  - probability ratios and their clipping: there is one update per rollout, always on-policy;
+  - several epochs over one rollout, and advantages divided by their standard deviation.
+
+Symbols, in shapes and equations:
+  B prompts, P prompt tokens (padded on the left), T response tokens (padded on the right),
+  V vocabulary; x prompt, y response, ybar greedy response, r reward, b baseline, A advantage,
+  pi policy, pi_ref reference, beta kl_coef.
+
   python remax.py                        # a tiny GPT-2 on the CPU: under a minute, no download
   python remax.py --model gpt2-large     # one GPU: film reviews, rewarded for being positive
 """
-import argparse, gc, inspect, json, math, os, random, re, runpy, shutil, signal, sys, time
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal, get_args
 
+import argparse
+import glob
+import json
+import math
+import os
+import pickle
+import random
+import runpy
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import datasets
 import torch
+import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, StaticCache, get_cosine_schedule_with_warmup, set_seed)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
-DATA = Path(__file__).resolve().parent / "data"
-# Without --model these replace the defaults below, which follow the paper's GPT-2 runs (App. F.4).
-TINY = dict(model=f"{DATA}/tiny-policy", reward=f"{DATA}/tiny-reward", max_new_tokens=40, steps=60,
-            kl_coef=0.05, lr=6e-4, eval_every=20, gradient_checkpointing=False)
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-GROUPS = dict(model="task", baseline="algorithm", micro_batch_size="memory", output_dir="run")
+# =================================================================================================
+# The algorithm: tensors, scalars and models. No flags, no tokenizer, no files.
+# =================================================================================================
 
-@dataclass
-class Config:  # a flag a line; the comment is what --help prints
-    model: str = None  # policy: a causal language model, hub id or folder
-    reward: str = "lvwerra/distilbert-imdb"  # classifier, hub id or folder; or FILE.py:FUNCTION
-    prompts: str = f"{DATA}/prompts.jsonl"  # json, jsonl, csv, parquet or txt file, or hub dataset
-    prompt_column: str = "prompt"  # its column of texts, or of lists of {role, content}
-    max_prompt_tokens: int = 64  # P: longer texts are cut to it, longer chats are dropped
-    max_new_tokens: int = 48  # T: a response without EOS is cut here
-    missing_eos_penalty: float = 0.0  # taken off the reward of such a response, sampled or greedy
-    baseline: Literal["greedy", "none"] = "greedy"  # b: greedy is ReMax, none is REINFORCE
-    kl_coef: float = 0.01  # beta: price of a nat of KL to the reference; 0 loads no reference
-    steps: int = 300  # rollouts, and updates: one each
-    batch_size: int = 32  # B: prompts a step, drawn anew
-    lr: float = 1e-6  # learning rate at the start; it falls to 0 along a cosine
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: small state, a higher lr
-    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
-    seed: int = 0  # of the choice of prompts and of the sampling
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16, else fp16, on a GPU
-    micro_batch_size: int = 8  # rows per backward pass: changes memory, not the gradient
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass
-    offload: bool = None  # reference and reward model wait on the CPU; None: if memory is short
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda, cuda:1, ...
-    output_dir: str = None  # for metrics, checkpoint and model; None: runs/MODEL-SEED
-    eval_every: int = 50  # steps between evaluations on held-out prompts
-    save_every: int = 100  # steps between checkpoints; the last step and Ctrl-C write one too
-    resume: bool = False  # continue the run in output_dir: the same command, steps may be more
-    def flag(self, name): return f"--{name.replace('_', '-')} {getattr(self, name)}"
 
-NOTES = dict(re.findall(r"(\w+): .+  # (.+)", inspect.getsource(Config)))
+@torch.no_grad()
+def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, greedy=True):
+    """Draw a response to each prompt, and decode the greedy one beside it, in one loop.
 
-# =============== THE ALGORITHM: tensors, scalars and models; no config, no tokenizer ==============
-@torch.inference_mode()
-def rollout(policy, prompt, attention, max_new_tokens, eos_id, pad_id, greedy=True):
-    """Draw y ~ pi(.|x) and decode the greedy ybar, in one loop over 2B rows.
-    prompt, attention: (B,P), padded on the left. Returns response (B,T) and greedy (B,T) or None,
-    pad_id after the first eos_id. policy in eval() mode: in train() mode gradient checkpointing
-    drops the cache, silently. Not generate(), which samples from the top 50 unless told otherwise
-    (transformers#38549) and reads the checkpoint's generation_config (trl#5783): that is not pi.
+    policy: a Hugging Face causal language model in eval() mode.
+    prompt, attention_mask: (B,P), padded on the left.
+    Returns response (B,T), greedy_response (B,T), or (0,T) without greedy, both pad_id after the
+    first eos_id, and logprobs (B,T): of each sampled token, in nats, as it was drawn.
+    Raises ValueError for a model that keeps no cache (Mamba, RWKV, BERT): token by token it would
+    see nothing of what came before.
+
+    Why not generate()? It samples from the 50 likeliest tokens unless told otherwise
+    (transformers#38549) and obeys the checkpoint's generation_config (trl#5783). That is not pi.
     """
-    B, P = prompt.shape
-    ids = torch.cat([prompt, prompt.new_full((B, max_new_tokens), pad_id)], 1).repeat(1 + greedy, 1)
-    # Columns still to come count as attended (causality hides them), so that no shape ever changes.
-    attention = torch.cat([attention, torch.ones_like(ids[:B, P:])], 1).repeat(1 + greedy, 1)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)                                 # (2B,P+T)
-    cache = StaticCache(config=policy.config, max_cache_len=P + max_new_tokens)
-    done = torch.zeros_like(ids[:, 0], dtype=torch.bool)                               # (2B,)
-    rows, start, last = B, 0, P + max_new_tokens - 1  # columns before start are cached
-    for end in range(P, last + 1):
-        logits = policy(ids[:rows, start:end], attention_mask=attention[:rows], use_cache=True,
-                        position_ids=positions[:rows, start:end], past_key_values=cache,
-                        logits_to_keep=1).logits[:, -1].float()
-        cdf = logits[:B].softmax(-1).double().cumsum(-1)  # (B,V); float32 sums would lose rare v
-        sampled = torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:])   # (B,1) y_t
-        best = logits[-B:].argmax(-1, keepdim=True)                                 # (B,1) ybar_t
-        token = torch.cat([sampled, best] if greedy else [sampled])[:, 0]              # (2B,)
-        ids[:, end] = token.clamp(max=logits.size(-1) - 1).masked_fill(done, pad_id)  # NaN gives V
-        done |= ids[:, end] == eos_id
-        if (end % 16 == 0 or end == last or not done.is_cuda) and done.all():  # asking a GPU waits
+    B = len(prompt)
+    inputs = prompt  # (B,P) in the first pass, then the newest tokens, (2B,1)
+    cache = None
+    tokens, logprobs = [], []
+    done = torch.zeros(2 * B if greedy else B, 1, dtype=torch.bool, device=prompt.device)
+    for t in range(max_new_tokens):
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (2B,P+t)
+        output = policy(
+            inputs,
+            attention_mask=attention_mask,
+            position_ids=positions[:, -inputs.size(1) :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise ValueError(f"{type(policy).__name__} returns no past_key_values to decode with")
+        logits = output.logits[:, -1].float()  # (2B,V)
+        if greedy and t == 0:  # each prompt was read once; from here on it has two rows
+            two_rows_each = torch.arange(B, device=prompt.device).repeat(2)  # (2B,)
+            cache.reorder_cache(two_rows_each)
+            logits = logits[two_rows_each]  # (2B,V)
+            attention_mask = attention_mask[two_rows_each]  # (2B,P)
+
+        probabilities = logits[:B].softmax(-1)  # (B,V): all of pi, no temperature, no top-k
+        sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
+        best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t, or (0,1) without greedy
+        logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
+
+        inputs = torch.cat([sampled, best]).masked_fill(done, pad_id)  # (2B,1)
+        tokens.append(inputs)
+        done = done | (inputs == eos_id)
+        if done.all():
             break
-        if greedy and start == 0:  # the prompts were read once, (B,V) logits; from here on 2B rows
-            cache.reorder_cache(torch.arange(B, device=ids.device).repeat(2))
-            rows = 2 * B
-        start = end
-    return ids[:B, P:end + 1], ids[B:, P:end + 1] if greedy else None                  # (B,T) each
+        attention_mask = torch.cat([attention_mask, torch.ones_like(inputs)], 1)  # (2B,P+t+1)
+    tokens = torch.cat(tokens, 1)  # (2B,T)
+    return tokens[:B], tokens[B:], torch.cat(logprobs, 1)
+
 
 def response_mask(response, eos_id):
-    """1 up to and including the first EOS, then 0: by position, as pad may be EOS. (B,T)->(B,T)"""
-    is_eos = (response == eos_id).long()                                               # (B,T)
-    return (is_eos.cumsum(1) - is_eos == 0).long()                                     # (B,T)
+    """1 up to and including the first EOS, then 0: (B,T) -> (B,T).
 
-def token_logprobs(model, prompt, attention, response, mask):
-    """log pi(y_t | x, y_<t) in nats, float32, 0 where masked: (B,P) twice, (B,T) twice -> (B,T)"""
-    ids, T = torch.cat([prompt, response], 1), response.size(1)                        # (B,P+T)
-    attention = torch.cat([attention, mask], 1)                                        # (B,P+T)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # without: tens of nats off (trl#6800)
-    logits = model(ids, attention_mask=attention, position_ids=positions, use_cache=False,
-                   logits_to_keep=T + 1).logits[:, -T - 1:-1]  # (B,T,V): column t predicts y_t
-    def pick(logits, token):  # (T,V), (T,) -> (T,), float32: bf16 would be 0.02 nats a token off
-        return logits.gather(1, token[:, None])[:, 0].float() - logits.float().logsumexp(1)
-    # Recomputed in the backward pass row by row: no float32 copy of all logits is ever kept.
-    picked = [checkpoint(pick, *row, use_reentrant=False) for row in zip(logits, ids[:, -T:])]
-    return torch.stack(picked).masked_fill(mask == 0, 0.0)                               # (B,T)
+    By position and not by token: many tokenizers pad with EOS, and then a mask of "no padding"
+    would hide the EOS from training, so that the policy forgets how to end.
+    """
+    is_eos = (response == eos_id).long()  # (B,T)
+    eos_before = is_eos.cumsum(1) - is_eos  # (B,T)
+    return (eos_before == 0).long()
 
+
+def token_logprobs(model, prompt, attention_mask, response, mask):
+    """log pi(y_t | x, y_<t) in nats, float32, 0 where masked.
+
+    prompt, attention_mask: (B,P), padded on the left; response, mask: (B,T), padded on the right.
+    Returns (B,T): column t belongs to response token t.
+    """
+    T = response.size(1)
+    ids = torch.cat([prompt, response], 1)  # (B,P+T)
+    attention_mask = torch.cat([attention_mask, mask], 1)  # (B,P+T)
+    # Without positions a left-padded GPT-2 is off by tens of nats (trl#6800).
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B,P+T)
+    logits = model(
+        ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=T + 1,
+    ).logits[:, -T - 1 : -1]  # (B,T,V): the logits of one column predict the token of the next
+
+    def log_softmax_at(logits, token):  # (T,V), (T,) -> (T,)
+        # In float32: in bfloat16 it would be off by 0.02 nats a token.
+        return logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+
+    logprobs = []
+    for row_logits, row_tokens in zip(logits, response, strict=True):
+        # Recomputed in the backward pass, row by row: no float32 copy of all logits is ever kept.
+        row = checkpoint(log_softmax_at, row_logits, row_tokens, use_reentrant=False)  # (T,)
+        logprobs.append(row)
+    return torch.stack(logprobs).masked_fill(mask == 0, 0.0)  # (B,T)
+
+
+# Why this loss has the gradient of E[r] - beta * KL(pi || pi_ref), turned round for descent:
+#   sum_y pi(y|x) = 1          so  E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0.
+#   b depends on x alone       so  E[b * grad log pi] = b * 0: any such b may be subtracted. The
+#                                  greedy response is fixed by x and the weights: it may be b.
+#   A token cannot undo        so  E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0 in the same way: what
+#   what came before it            was paid for past tokens drops out, only the KL to go is left.
+#   log pi inside the KL       has a gradient of its own, but E[1 * grad log pi] = 0 again:
+#                                  the KL may be detached, as if it were part of the reward.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1; full-step KL of App. B).
+
     logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
     alone. With baseline = 0 this is REINFORCE, literally.
     By hand, one row: logprobs (-1, -2), ref_logprobs (-1.5, -1), r = 1, b = 0.4, beta = 0.1: KL is
     (0.5, -1), to go (-0.5, -1), A = (0.6 + 0.05, 0.6 + 0.1), loss = 1 * 0.65 + 2 * 0.7 = 2.05.
     """
-    kl = (logprobs.detach() - ref_logprobs) * mask                                     # (B,T)
-    kl_to_go = kl.flip(1).cumsum(1).flip(1)                            # (B,T): sum over all s >= t
-    advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go                      # (B,T)
+    kl = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
+    kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T): sum over all s >= t
+    advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go  # (B,T)
     # Summed over tokens: a mean would make a token of a short answer count more than of a long one.
     return -(logprobs * advantage * mask).sum(1).mean()
+
 
 @contextmanager
 def weights_as(model, dtype):
     """Inside, the model's weights are in dtype: decoding reads all of them for every token."""
-    own = [p.data for p in model.parameters()]
+    own_weights = [parameter.data for parameter in model.parameters()]
     try:
-        for p in model.parameters():
-            p.data = p.data.to(dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         yield
     finally:
-        for p, data in zip(model.parameters(), own):
-            p.data = data
+        for parameter, own in zip(model.parameters(), own_weights, strict=True):
+            parameter.data = own
 
-def micro_batches(prompt, attention, response, mask, size):
-    """Yield (rows, (prompt, attention, response, mask)): sorted by length, padding cut off."""
-    for rows in mask.sum(1).argsort().split(size):                                     # (size,)
-        P, T = attention[rows].sum(1).max(), mask[rows].sum(1).max()
-        yield rows, (prompt[rows, -P:], attention[rows, -P:], response[rows, :T], mask[rows, :T])
 
-def remax_step(policy, reference, optimizer, scaler, score, prompt, attention, *, eos_id, pad_id,
-               max_new_tokens, greedy, kl_coef, micro_batch_size, max_grad_norm, dtype, home):
-    """One update from B prompts (B,P), one a rollout: so no ratio, no clip range. Returns figures.
-    score: responses (N,T), sampled rows before greedy ones, -> rewards (N,). greedy False: b = 0.
-    reference None: give kl_coef 0; between uses it rests on the device home."""
-    B, device, times = len(prompt), prompt.device, [time.perf_counter()]
-    autocast = torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
-    with weights_as(policy.eval(), dtype):                                             # 1. roll out
-        responses = rollout(policy, prompt, attention, max_new_tokens, eos_id, pad_id, greedy)
-    times.append(time.perf_counter())
-    scores = score(torch.cat(responses) if greedy else responses[0])                   # 2. score
-    reward, baseline = scores.chunk(2) if greedy else (scores, torch.zeros_like(scores))
-    times.append(time.perf_counter())
-    mask = response_mask(responses[0], eos_id)                                         # 3. (B,T)
-    batches = list(micro_batches(prompt, attention, responses[0], mask, micro_batch_size))
-    refs, sums = [0.0] * len(batches), torch.zeros(3, device=device)
-    if reference is not None:                                                        # 4. reference
-        with torch.no_grad(), autocast:
-            refs = [token_logprobs(reference.to(device), *batch) for _, batch in batches]
-        reference.to(home)
-    policy.train()  # for gradient checkpointing; its dropout is 0
-    for (rows, batch), ref in zip(batches, refs):                                      # 5. gradient
+def micro_batches(prompt, attention_mask, response, mask, size):
+    """Cut a batch into parts of at most `size` rows of like length, without columns of padding.
+
+    prompt, attention_mask: (B,P); response, mask: (B,T). Yields rows, the indices (N,) of the
+    part's rows, T, the tokens of its longest response, and its four tensors.
+    """
+    by_length = mask.sum(1).argsort()  # (B,)
+    for rows in by_length.split(size):
+        P = attention_mask[rows].sum(1).max()
+        T = mask[rows].sum(1).max()
+        part = prompt[rows, -P:], attention_mask[rows, -P:], response[rows, :T], mask[rows, :T]
+        yield rows, T, part
+
+
+def mean(values):
+    """The mean of figures (B,), as a Python number."""
+    return values.float().mean().item()
+
+
+def remax_step(
+    policy,
+    reference,
+    optimizer,
+    scaler,
+    score,
+    prompt,
+    attention_mask,
+    *,
+    eos_id,
+    pad_id,
+    max_new_tokens,
+    greedy,
+    kl_coef,
+    micro_batch_size,
+    max_grad_norm,
+    dtype,
+):
+    """One update of the policy from B prompts. Returns the step's figures, name -> number.
+
+    prompt, attention_mask: (B,P), padded on the left. score: responses (N,T), the sampled ones
+    before the greedy ones, -> rewards (N,). reference: a frozen model, or None if kl_coef is 0.
+    dtype: what to compute in; the weights stay in float32. greedy False: b = 0, plain REINFORCE.
+    """
+    B, device = len(prompt), prompt.device
+    autocast = torch.autocast(
+        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+    )
+    start_time = time.perf_counter()
+
+    # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
+    policy.eval()
+    with weights_as(policy, dtype):
+        response, greedy_response, sampling_logprobs = rollout(
+            policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, greedy
+        )  # (B,T) each
+    rollout_time = time.perf_counter()
+
+    # 2. Score. One call for both halves, so that nothing can score them differently.
+    rewards = score(torch.cat([response, greedy_response]))  # (2B,)
+    reward = rewards[:B]  # (B,)
+    baseline = rewards[B:] if greedy else torch.zeros_like(reward)  # (B,)
+    score_time = time.perf_counter()
+
+    # 3. Mask.
+    mask = response_mask(response, eos_id)  # (B,T)
+    parts = list(micro_batches(prompt, attention_mask, response, mask, micro_batch_size))
+
+    # 4. Reference.
+    ref_logprobs = torch.zeros(mask.shape, device=device)  # (B,T)
+    if reference is not None:
+        for rows, T, part in parts:
+            with torch.no_grad(), autocast:
+                ref_logprobs[rows, :T] = token_logprobs(reference, *part)
+
+    # 5. Gradient. Gradient checkpointing needs train() mode; there is no dropout to fear.
+    policy.train()
+    logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
+    for rows, T, part in parts:
         with autocast:
-            logprobs = token_logprobs(policy, *batch)                                  # (rows,T)
+            part_logprobs = token_logprobs(policy, *part)  # (N,T)
+        part_loss = remax_loss(
+            part_logprobs,
+            ref_logprobs[rows, :T],
+            mask[rows, :T],
+            reward[rows],
+            baseline[rows],
+            kl_coef,
+        )
         # One denominator for the whole batch: the micro-batch size does not change the gradient.
-        loss = remax_loss(logprobs, ref, batch[-1], reward[rows], baseline[rows], kl_coef)
-        scaler.scale(loss * len(rows) / B).backward()
-        sums += torch.stack([loss * len(rows), (logprobs - ref).sum(), -logprobs.sum()]).detach()
-    scaler.unscale_(optimizer)                                                         # 6. update
+        scaler.scale(part_loss * len(rows) / B).backward()
+        logprobs[rows, :T] = part_logprobs.detach()
+
+    # 6. Update. A gradient that is not finite is left out, and counted.
+    scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    if grad_norm.isfinite():  # else the step is skipped, and counted
+    if grad_norm.isfinite():
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+
     # ---- diagnostics only below: means over the whole batch ----
-    row = dict(reward=reward, greedy_reward=baseline if greedy else None, grad_norm=grad_norm,
-               advantage=reward - baseline, zero_advantage=reward == baseline, tokens=mask.sum(1),
-               kl=None if reference is None else sums[1] / B, entropy=sums[2] / mask.sum(),
-               loss=sums[0] / B, eos=(responses[0] == eos_id).any(1), skipped=~grad_norm.isfinite())
-    row = {key: v if v is None else v.float().mean().item() for key, v in row.items()}
-    spans = [end - start for start, end in zip(times, times[1:] + [time.perf_counter()])]
-    return row | dict(zip(("rollout_seconds", "score_seconds", "update_seconds"), spans))
+    tokens = mask.sum(1)  # (B,)
+    kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
+    difference = ((logprobs - sampling_logprobs).abs() * mask).sum(1)  # (B,)
+    loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
+    return {
+        "reward": mean(reward),
+        "greedy_reward": mean(baseline) if greedy else None,
+        "advantage": mean(reward - baseline),
+        "zero_advantage": mean(reward == baseline),
+        "kl": mean(kl) if reference is not None else None,
+        "entropy": mean(-logprobs.sum(1)) / mean(tokens),
+        "tokens": mean(tokens),
+        "eos": mean((response == eos_id).any(1)),
+        "sampling_logp_difference": mean(difference) / mean(tokens),
+        "loss": mean(loss),
+        "grad_norm": grad_norm.item(),
+        "skipped": float(not grad_norm.isfinite()),
+        "rollout_seconds": rollout_time - start_time,
+        "score_seconds": score_time - rollout_time,
+        "update_seconds": time.perf_counter() - score_time,
+    }
 
-# ================================= END OF THE ALGORITHM; the task ================================
-def check_model(cfg):
-    """(device, dtype to compute in, the policy's tokenizer), or what is wrong with them."""
-    device = torch.zeros(1, device=cfg.device).device
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    cfg.precision = auto if cfg.precision == "auto" else cfg.precision  # for --resume
-    tokenizer, config = (kind.from_pretrained(cfg.model) for kind in (AutoTokenizer, AutoConfig))
-    assert "Classification" not in str(config.architectures), "a classifier is no language model"
-    limit = getattr(config, "max_position_embeddings", math.inf)
-    assert cfg.max_prompt_tokens + cfg.max_new_tokens <= limit, f"it has only {limit} positions"
-    tokenizer.eos_token = tokenizer.eos_token or tokenizer.all_special_tokens[0]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    print(f"EOS {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}; output in {cfg.output_dir}")
-    return device, DTYPES[cfg.precision], tokenizer
 
-def load_prompts(cfg, tokenizer):
-    """(training rows, held-out rows): prompt "ids", their "text", and the dataset's "columns"."""
-    import datasets  # here: --help need not wait for it
-    path, longest, suffix = cfg.prompts, cfg.max_prompt_tokens, Path(cfg.prompts).suffix[1:]
-    kind = dict(jsonl="json", txt="text").get(suffix, suffix) if Path(path).is_file() else None
-    for number, line in enumerate(list(open(path, "rb"))[:9999] if suffix == "jsonl" else []):
-        json.loads(b"\n" * number + (line.strip() or b"0"))  # its error names the line
-    data = datasets.load_dataset(kind or path, data_files=path if kind else None, split="train")
-    prompts = data["text" if kind == "text" else cfg.prompt_column][:]
-    if chat := isinstance(prompts[0], list):
-        prompts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
-    # A template writes the special tokens itself: added again, BOS would stand there twice.
-    tokens, rows = tokenizer(prompts, add_special_tokens=not chat)["input_ids"], []
-    for columns, ids in zip(data, tokens):  # a text is to be continued, but half a chat is none
-        text = tokenizer.decode(ids[:longest], skip_special_tokens=True)
-        if text.strip() and (len(ids) <= longest or not chat):
-            columns["prompt"] = columns[cfg.prompt_column] if chat else text  # what pi sees
-            rows.append({"ids": ids[:longest], "text": text, "columns": columns})
-    print(f"{len(rows)} of {len(data)} prompts; the others are empty, or chats that are too long")
-    random.Random(0).shuffle(rows)  # the same rows are held out for every seed
+# =================================================================================================
+# End of the algorithm. The task: prompts in, rewards out. It knows the tokenizer and the flags.
+# =================================================================================================
+
+# What the libraries raise when a file, a name or a value that a person gave is no good.
+BAD_INPUT = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    pickle.UnpicklingError,
+    datasets.exceptions.DatasetsError,
+)
+
+
+def flag(args, name):
+    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+
+
+@contextmanager
+def explain(args, *names):
+    """Answer bad input in two lines: what is wrong, and the flags to look at. No traceback."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise  # main() knows the remedies
+    except BAD_INPUT as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__ or error  # the reason is in there
+        reason = str(error).strip() or type(error).__name__
+        flags = ", ".join(flag(args, name) for name in names)
+        sys.exit(f"remax.py: {reason.splitlines()[0]}\nlook at {flags}")
+
+
+def check_policy(args):
+    """Refuse a model that cannot be trained here, before its weights are loaded."""
+    config = AutoConfig.from_pretrained(args.model)
+    if "Classification" in str(config.architectures):
+        raise ValueError("a classifier is no language model")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if args.max_prompt_tokens + args.max_new_tokens > positions:
+        raise ValueError(f"prompt and response do not fit into its {positions} positions")
+
+
+def load_tokenizer(args):
+    """The policy's tokenizer, with an EOS and a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has no EOS token, so no response would ever end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+FILE_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+def read_dataset(name):
+    """The rows of a file, by its suffix, or of the training split of a dataset on the hub."""
+    path = Path(name)
+    if not path.is_file():
+        return datasets.load_dataset(name, split="train")
+    if path.suffix not in FILE_FORMATS:
+        raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name} is empty")
+    # Escaped, or datasets would take a [, * or ? in the name for a wildcard.
+    files = glob.escape(name)
+    return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=files, split="train")
+
+
+def read_prompts(args, tokenizer):
+    """Return (dataset, prompts, token ids), three of one length; a prompt is a text or a chat."""
+    dataset = read_dataset(args.prompts)
+    column = "text" if args.prompts.endswith(".txt") else args.prompt_column
+    if column not in dataset.column_names:
+        raise ValueError(f"there is no column {column}, only {', '.join(dataset.column_names)}")
+    if len(dataset) == 0:
+        raise ValueError("there are 0 prompts")
+    prompts = dataset[column][:]
+    if isinstance(prompts[0], list):
+        chats = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+        # A template writes the special tokens itself: added again, BOS would stand there twice.
+        return dataset, prompts, tokenizer(chats, add_special_tokens=False)["input_ids"]
+    return dataset, prompts, tokenizer(prompts)["input_ids"]
+
+
+def load_prompts(args, tokenizer):
+    """Return (training rows, held-out rows).
+
+    A row is a dict: prompt_ids, the tokens that the policy sees; prompt_text, the same as text;
+    columns, the dataset's own columns and "prompt", which go to the reward function.
+    """
+    with explain(args, "prompts", "prompt_column"):
+        dataset, prompts, encoded = read_prompts(args, tokenizer)
+    rows = []
+    for columns, prompt, ids in zip(dataset, prompts, encoded, strict=True):
+        is_chat = isinstance(prompt, list)
+        if is_chat and len(ids) > args.max_prompt_tokens:
+            continue  # a text can be cut anywhere, but half a chat is none
+        ids = ids[: args.max_prompt_tokens]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if text.strip():
+            columns["prompt"] = prompt if is_chat else text
+            rows.append({"prompt_ids": ids, "prompt_text": text, "columns": columns})
+
+    random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
     held_out = min(128, math.ceil(len(rows) / 5))
-    assert len(rows) - held_out >= cfg.batch_size, f"{len(rows) - held_out} prompts to train on"
+    training = len(rows) - held_out
+    left_out = len(prompts) - len(rows)
+    note = f" ({left_out} left out: empty, or chats that are too long)" if left_out else ""
+    print(f"{len(rows)} prompts: {training} to train on, {held_out} held out{note}")
+    with explain(args, "prompts", "max_prompt_tokens", "batch_size"):
+        if training < args.batch_size:
+            raise ValueError(f"{training} prompts to train on are fewer than one batch")
     return rows[held_out:], rows[:held_out]
 
-def load_reward(name, dtype, device, home):
-    """reward(prompts, completions, **columns) -> list of floats, TRL's signature: FILE.py:FUNCTION,
-    or a classifier, by its label's logit if it has one label, else its last label's probability."""
-    if ".py:" in name:
-        path, function = name.rsplit(":", 1)
-        assert function in (found := runpy.run_path(path)), f"{path} has no function {function}"
-        return found[function]
-    config = AutoConfig.from_pretrained(name)
-    assert "Classification" in str(config.architectures), "a language model is no classifier"
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-    model.requires_grad_(False).config.pad_token_id = tokenizer.pad_token_id  # GPT-2's needs it
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512))
-    def reward(prompts, completions, **columns):
-        texts = [p + c for p, c in zip(prompts, completions)]  # two texts, or two lists of messages
-        if chat := isinstance(texts[0], list):
-            texts = tokenizer.apply_chat_template(texts, tokenize=False)
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest,
-                          add_special_tokens=not chat, return_tensors="pt").to(device)
-        logits = model.to(device)(**batch).logits.float()                              # (N,labels)
-        model.to(home())
-        return logits[:, 0] if logits.size(1) == 1 else logits.softmax(1)[:, -1]       # (N,)
-    return reward
-
-def score_responses(reward, tokenizer, missing_eos_penalty, rows, responses):
-    """Rewards (N,) and texts of responses (N,T); N = len(rows), or twice that: sampled, greedy."""
-    rows = rows * (len(responses) // len(rows))
-    # Decoded behind its prompt: alone, a response loses its first space in Llama's tokenizer.
-    texts = [tokenizer.decode(row["ids"] + ids, skip_special_tokens=True)[len(row["text"]):]
-             for row, ids in zip(rows, responses.tolist())]
-    columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"]}
-    prompts = columns.pop("prompt")
-    completions = texts if isinstance(prompts[0], str) else [
-        [{"role": "assistant", "content": text}] for text in texts]
-    rewards = reward(**columns | dict(prompts=prompts, completions=completions))
-    rewards = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)   # (N,)
-    assert rewards.shape == (len(rows),) and rewards.isfinite().all(), (
-        f"one finite number is due for each of {len(rows)} completions, not {rewards}")
-    return rewards - missing_eos_penalty * (responses != tokenizer.eos_token_id).all(1), texts
-
-def load_models(cfg, device, dtype, weights):
-    """(policy in float32, frozen reference in dtype or None without KL, optimizer)."""
-    config, load = AutoConfig.from_pretrained(cfg.model), AutoModelForCausalLM.from_pretrained
-    reference = load(cfg.model, dtype=dtype).to(device) if cfg.kl_coef else None
-    # Dropout makes two passes over one text disagree (trl#3500). Off before the modules read it.
-    no_dropout = {key: 0.0 for key, value in config.to_dict().items()
-                  if "drop" in key and isinstance(value, float)}
-    # float32: bf16 rounds an update of 1e-6 away, and transformers 5 keeps the dtype of the file.
-    policy = load(weights, dtype=torch.float32, **no_dropout).to(device)
-    policy.config = config  # to be saved: dropout as it was
-    if cfg.gradient_checkpointing:
-        old = policy.gradient_checkpointing_enable  # its name in early transformers 5
-        getattr(policy, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    if policy.num_parameters() < 5e6:  # so small a model is no faster on two threads, and 20 times
-        torch.set_num_threads(1)       # slower when another process wants one of the cores
-    # fused: what torch does by default on CUDA takes as much memory again as the gradients
-    optimizer = (torch.optim.Adafactor(policy.parameters(), cfg.lr) if cfg.optimizer == "adafactor"
-                 else torch.optim.AdamW(policy.parameters(), cfg.lr, weight_decay=0, fused=True))
-    return policy, reference, optimizer
 
 def collate(tokenizer, rows, device):
-    """prompt (B,P) and attention (B,P), padded on the left: all responses start in one column."""
-    return tokenizer.pad({"input_ids": [row["ids"] for row in rows]}, padding_side="left",
-                         return_tensors="pt").to(device).values()
+    """prompt, attention_mask (B,P), padded on the left, so that all responses start in column P."""
+    inputs = {"input_ids": [row["prompt_ids"] for row in rows]}
+    batch = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(device)
+    return batch["input_ids"], batch["attention_mask"]
 
-@torch.no_grad()
-def evaluate(policy, reference, score, tokenizer, rows, dtype, home, cfg):
-    """Means over the held-out rows; prints the first three of them."""
-    eos_id, seen = tokenizer.eos_token_id, []
-    with weights_as(policy.eval(), dtype):
-        for part in (rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)):
-            torch.manual_seed(len(seen))  # the same noise every time
-            x = tuple(collate(tokenizer, part, cfg.device))                            # (B,P) twice
-            x += rollout(policy, *x, cfg.max_new_tokens, eos_id, tokenizer.pad_token_id)  # (B,T)
-            reward, texts = score(part, torch.cat(x[2:]))                              # (2B,)
-            kl = [None] * len(part)
-            if reference is not None:
-                x = *x[:3], response_mask(x[2], eos_id)                                # (B,T) last
-                kl = (token_logprobs(policy, *x) - token_logprobs(reference.to(cfg.device), *x)
-                      ).sum(1).tolist()                                                # (B,)
-                reference.to(home)
-            seen += zip(*reward.view(2, -1).tolist(), kl, texts, texts[len(part):])
-    for row, (r, b, _, y, ybar) in zip(rows[:3], seen):
-        tqdm.write(f"> {row['text']}\n  sampled {r:6.3f}  {y!r}\n  greedy  {b:6.3f}  {ybar!r}")
-    return {key: None if None in column else sum(column) / len(rows) for key, column in
-            zip(("eval_reward", "eval_greedy_reward", "eval_kl"), zip(*seen))}
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="python remax.py [--FLAG VALUE] ...", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Without --model:\n  " + "\n  ".join(f"{k} {v}" for k, v in TINY.items()))
-    for f in fields(Config):
-        group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
-                {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type})
-        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
-                           help=NOTES[f.name] + " [%(default)s]")
-    if parser.parse_args(argv).model is None:
-        parser.set_defaults(**TINY)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    cfg.output_dir = cfg.output_dir or f"runs/{Path(cfg.model).name}-{cfg.seed}"
-    for f in fields(Config):
-        value, zero = getattr(cfg, f.name), f.default == 0 or f.name == "kl_coef"
-        if f.type in (int, float) and not (0 < value < math.inf or value == 0 and zero):
-            parser.error(f"{cfg.flag(f.name)}: must be finite, above 0{' or 0' * zero}")
-    if cfg.batch_size % min(cfg.batch_size, cfg.micro_batch_size):
-        parser.error(f"{cfg.flag('micro_batch_size')} does not divide {cfg.flag('batch_size')}")
-    return cfg
+def load_reward_function(name):
+    """The function of FILE.py:FUNCTION."""
+    path, function = name.rsplit(":", 1)
+    definitions = runpy.run_path(path)
+    if function not in definitions:
+        raise ValueError(f"{path} has no function {function}")
+    return definitions[function]
 
-def open_run(cfg, folder):
-    """(metrics.jsonl open for more, the checkpoint's state and weights); step -1 in a new run."""
+
+class RewardModel:
+    """A sequence classifier as a reward function: (prompts, completions) -> rewards (N,).
+
+    The reward is the logit of its one label or, if it has several, the last one's probability.
+    It reads text with a tokenizer of its own, never the policy's tokens.
+    """
+
+    def __init__(self, name, dtype):
+        config = AutoConfig.from_pretrained(name)
+        if "SequenceClassification" not in str(config.architectures):
+            raise ValueError(f"{name} is no sequence classifier")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, padding_side="right", truncation_side="left"
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        self.tokenizer = tokenizer
+        self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype)
+        self.model.requires_grad_(False)
+        # A GPT-2 classifier reads the last token that is no padding: it must know the padding.
+        self.model.config.pad_token_id = tokenizer.pad_token_id
+        positions = getattr(config, "max_position_embeddings", 512)
+        self.max_length = min(tokenizer.model_max_length, positions)
+        self.device = torch.device("cpu")
+
+    def __call__(self, prompts, completions, **columns):
+        # Two texts add up to a text, two lists of messages to a chat.
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        is_chat = isinstance(texts[0], list)
+        if is_chat:
+            texts = self.tokenizer.apply_chat_template(texts, tokenize=False)
+        batch = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            add_special_tokens=not is_chat,
+            return_tensors="pt",
+        ).to(self.device)
+        logits = self.model(**batch).logits.float()  # (N,labels)
+        if logits.size(1) == 1:
+            return logits[:, 0]
+        return logits.softmax(1)[:, -1]
+
+
+def load_reward(args, dtype):
+    """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
+    with explain(args, "reward"):
+        if ".py:" in args.reward:
+            return load_reward_function(args.reward)
+        return RewardModel(args.reward, dtype)
+
+
+def decode_responses(tokenizer, rows, responses):
+    """The texts of responses (N,T) to the prompts of N rows."""
+    texts = []
+    for row, ids in zip(rows, responses.tolist(), strict=True):
+        # Behind its prompt: alone, a response loses its first space in Llama's tokenizer.
+        text = tokenizer.decode(row["prompt_ids"] + ids, skip_special_tokens=True)
+        texts.append(text[len(row["prompt_text"]) :])
+    return texts
+
+
+def score_responses(args, reward, tokenizer, rows, responses):
+    """Rewards (N,) of responses (N,T) to N rows; or to N/2 rows, the sampled ones first."""
+    if len(responses) == 2 * len(rows):
+        rows = rows + rows
+    columns = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
+    prompts = columns.pop("prompt")
+    completions = decode_responses(tokenizer, rows, responses)
+    if isinstance(prompts[0], list):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    columns["prompts"] = prompts
+    columns["completions"] = completions
+    rewards = reward(**columns)  # what a person's own function raises keeps its traceback
+
+    with explain(args, "reward"):
+        try:
+            rewards = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rewards must be a list of numbers, not {rewards!r:.60}") from error
+        if rewards.shape != (len(rows),) or not rewards.isfinite().all():
+            raise ValueError(f"{len(rows)} finite numbers are due as rewards, not {rewards}")
+    has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
+    return rewards - args.missing_eos_penalty * has_no_eos
+
+
+# =================================================================================================
+# The models.
+# =================================================================================================
+
+
+def choose_device(name):
+    """The device of a name such as cpu, cuda or cuda:1."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA GPU here")
+    return torch.zeros(1, device=name).device
+
+
+def choose_dtype(precision, device):
+    """What to compute in. auto: on a GPU bfloat16 if it has it, else float16; float32 elsewhere."""
+    if precision == "auto" and device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def load_model(auto_class, name, **options):
+    """from_pretrained, but weights that the checkpoint lacks are an error: they would be random."""
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise ValueError(f"{name} has no fitting weights for {len(absent)} tensors: {absent[0]}...")
+    return model
+
+
+def turn_off_noise(config):
+    """Set every dropout and jitter of a config, and of the configs in it, to 0.
+
+    With them two passes over one text disagree, and the KL is noise (trl#3500).
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            turn_off_noise(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
+
+
+def load_policy(args):
+    """The model to train: float32 weights, no noise, gradient checkpointing if asked for."""
+    config = AutoConfig.from_pretrained(args.model)
+    turn_off_noise(config)  # before the modules read it
+    # float32: bfloat16 weights would round an update of 1e-6 away.
+    policy = load_model(AutoModelForCausalLM, args.model, config=config, dtype=torch.float32)
+    policy.config = AutoConfig.from_pretrained(args.model)  # to be saved: dropout as it was
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def load_reference(args, dtype):
+    """The frozen model that training starts from; None without KL."""
+    if args.kl_coef == 0:
+        return None
+    return load_model(AutoModelForCausalLM, args.model, dtype=dtype).requires_grad_(False)
+
+
+def make_optimizer(args, policy):
+    if args.optimizer == "adafactor":
+        return torch.optim.Adafactor(policy.parameters(), args.lr)
+    # fused: torch's default on CUDA takes as much memory again as the gradients.
+    return torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
+
+
+def offload(frozen, policy, device):
+    """Keep a frozen model's weights in CPU memory while the policy is at work."""
+
+    def fetch(*_):
+        frozen.to(device)
+
+    def put_away(*_):
+        if frozen.device.type != "cpu":
+            frozen.to("cpu")
+
+    frozen.register_forward_pre_hook(fetch)
+    policy.register_forward_pre_hook(put_away)
+
+
+# =================================================================================================
+# A run: evaluation, checkpoints, the training loop.
+# =================================================================================================
+
+# These flags leave the mathematics of a run alone: they may change when it is resumed.
+MAY_CHANGE = (
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "offload",
+    "device",
+    "output_dir",
+    "eval_every",
+    "save_every",
+    "resume",
+)
+
+# Sampler and density are one function: a larger difference, in nats a token, is no rounding.
+LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+
+def open_run(args, folder):
+    """Return (metrics.jsonl open for appending, the checkpoint to go on from or None)."""
     folder.mkdir(parents=True, exist_ok=True)
-    log, path = open(folder / "metrics.jsonl", "a", buffering=1), folder / "checkpoint/state.pt"
-    there = log.tell() > 0 or path.exists()
-    assert cfg.resume == there, f"there is {'a' if there else 'no'} run to resume"
-    state, weights = {"step": -1, "log_bytes": 0, "args": vars(cfg)}, cfg.model
-    if path.exists():  # else the run was killed before its first checkpoint: it starts again
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights = path.with_name(f"step-{state['step']}")
-    for name, old in state["args"].items():
-        if name == "micro_batch_size":  # from here on, the flags leave the mathematics alone
-            break
-        same = cfg.steps >= old if name == "steps" else getattr(cfg, name) == old
-        assert same, f"{cfg.flag(name)}: the run to resume has {old}"
-    log.truncate(min(state["log_bytes"], log.tell()))  # the steps after the checkpoint come again
-    (folder / "args.json").write_text(json.dumps(vars(cfg), indent=2))
-    return log, state, weights
+    metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
+    path = folder / "checkpoint.pt"
+    if not args.resume:
+        if metrics.tell() > 0 or path.exists():
+            raise ValueError(
+                f"{args.output_dir} holds a run: --resume continues it, "
+                "another --output-dir starts a new one"
+            )
+        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+        return metrics, None
 
-def save(policy, folder, **state):
-    """checkpoint/: weights in a new folder, then state.pt, whose renaming makes them count."""
-    weights = folder / f"step-{state['step']}"
-    policy.save_pretrained(weights)
-    torch.save(state, folder / "state.new")
-    for path in [*weights.iterdir(), folder / "state.new"]:
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    os.replace(folder / "state.new", folder / "state.pt")
-    for old in set(folder.glob("step-*")) - {weights}:
-        shutil.rmtree(old)
+    if not path.exists():
+        raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    for name, before in checkpoint["args"].items():
+        now = getattr(args, name)
+        is_longer = name == "steps" and now > before
+        if now != before and name not in MAY_CHANGE and not is_longer:
+            raise ValueError(f"{flag(args, name)}: the run to resume has {before}")
+    metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))  # later steps come again
+    return metrics, checkpoint
 
-def train(cfg, asked):
-    (device, dtype, tokenizer), folder = check_model(cfg), Path(cfg.output_dir)
-    log, state, weights = open_run(cfg, folder)
-    rows, held_out = load_prompts(cfg, tokenizer)
-    reward = load_reward(cfg.reward, dtype, device, lambda: home)  # where it rests: see below
-    score = lambda batch, ys: score_responses(reward, tokenizer, cfg.missing_eos_penalty, batch, ys)
-    policy, reference, optimizer = load_models(cfg, device, dtype, weights)
-    gpu, needed = device.type == "cuda", 32 * policy.num_parameters()
-    short = gpu and torch.cuda.get_device_properties(device).total_memory < needed
-    home = torch.device("cpu") if cfg.offload or cfg.offload is None and short else device
-    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    optimizer.load_state_dict(state.pop("optimizer", optimizer.state_dict()))
-    scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
-    lrs = get_cosine_schedule_with_warmup(optimizer, 0, cfg.steps, 0.5, max(state["step"], 0) - 1)
-    gc.freeze()  # or Python looks for garbage in all that was imported, again and again: 10 %
-    skipped, sick, steps = 0, 0, tqdm(range(state["step"] + 1, cfg.steps + 1))
-    for step in steps:
-        set_seed(random.Random(f"{cfg.seed}/{step}").getrandbits(32))  # a resumed run draws alike
-        if step > 0:  # 0 is before training
-            batch = random.sample(rows, cfg.batch_size)
-            row = {"step": step, "lr": lrs.get_last_lr()[0]} | remax_step(
-                policy, reference, optimizer, scaler, lambda ys: score(batch, ys)[0],
-                *collate(tokenizer, batch, device), max_new_tokens=cfg.max_new_tokens,
-                eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, dtype=dtype,
-                greedy=cfg.baseline == "greedy", kl_coef=cfg.kl_coef, home=home,
-                micro_batch_size=cfg.micro_batch_size, max_grad_norm=cfg.max_grad_norm)
-            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if gpu else None
-            lrs.step()
-            log.write(json.dumps(row) + "\n")
-            steps.set_postfix({key: row[key] for key in ("reward", "greedy_reward", "kl")})
-            skipped = skipped + 1 if row["skipped"] else 0
-            sick = sick + 1 if row["zero_advantage"] == 1 or (row["kl"] or 0) < -1 else 0
-            if sick == 20:
-                tqdm.write("warning: 20 steps of zero_advantage 1 (collapsed policy, constant "
-                           "reward?) or kl below -1 (sampled from what is not the policy?)")
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            figures = evaluate(policy, reference, score, tokenizer, held_out, dtype, home, cfg)
-            log.write(json.dumps({"step": step} | figures) + "\n")
-        if asked or skipped == 5 or step == cfg.steps or step % cfg.save_every == 0:
-            save(policy, folder / "checkpoint", step=step, log_bytes=log.tell(), args=vars(cfg),
-                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        if asked or skipped == 5:
-            tqdm.write(f"stopped after step {step}: the same command with --resume continues")
-            sys.exit(asked[0] if asked else "remax.py: 5 steps of no finite gradient: lower --lr")
-    policy.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(cfg.model).save_pretrained(folder / "model")
 
-FAULT = dict(check_model="model device max_prompt_tokens max_new_tokens", save="output_dir",
-    load_prompts="prompts prompt_column batch_size", load_reward="reward", score_responses="reward",
-    load_models="model output_dir", open_run="resume output_dir", save_pretrained="output_dir",
-    OutOfMemoryError="micro_batch_size batch_size gradient_checkpointing offload optimizer")
+def save_checkpoint(path, checkpoint):
+    """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
+    beside = path.with_suffix(".new")
+    with open(beside, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
-def main(argv=None, asked=()):
-    cfg = parse(argv)
+
+class StopRequest:
+    """Notes Ctrl-C or SIGTERM until the end of the step; a second one ends the program at once."""
+
+    signal_number = None
+
+    def __call__(self, signal_number, frame):
+        if self.signal_number is not None:
+            sys.exit(128 + signal_number)
+        self.signal_number = signal_number
+        os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
+
+
+def in_words(figures, prefix=""):
+    """reward, greedy reward and KL of a step or, with the prefix eval_, of an evaluation."""
+    words = f"reward {figures[prefix + 'reward']:.3f}"
+    if figures[prefix + "greedy_reward"] is not None:
+        words += f", greedy {figures[prefix + 'greedy_reward']:.3f}"
+    if figures[prefix + "kl"] is not None:
+        words += f", KL {figures[prefix + 'kl']:.3g}"
+    return words
+
+
+class Run:
+    """One training run: what it has loaded, and what it does with it."""
+
+    def __init__(self, args):
+        """Check and load everything, cheap things first."""
+        self.args = args
+        self.folder = Path(args.output_dir).resolve()
+        with explain(args, "device"):
+            self.device = choose_device(args.device)
+        self.dtype = choose_dtype(args.precision, self.device)
+        with explain(args, "model", "max_prompt_tokens", "max_new_tokens"):
+            check_policy(args)
+            self.tokenizer = load_tokenizer(args)
+        with explain(args, "output_dir", "resume"):
+            self.metrics, checkpoint = open_run(args, self.folder)
+        self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
+        self.reward = load_reward(args, self.dtype)
+        with explain(args, "model"):
+            self.policy = load_policy(args).to(self.device)
+            self.reference = load_reference(args, self.dtype)
+        self.place_frozen_models()
+        self.optimizer = make_optimizer(args, self.policy)
+        # A sum over tokens is large: the default scale of 65536 would overflow at once.
+        is_fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=is_fp16)
+        self.steps_done = 0
+        if checkpoint is not None:
+            self.policy.load_state_dict(checkpoint["policy"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.steps_done = checkpoint["step"]
+        size = self.policy.num_parameters()
+        if size < 5e6:  # so small a model is no faster on two threads, and 20 times slower when
+            torch.set_num_threads(1)  # another process wants one of the cores
+        print(
+            f"policy {args.model} ({size / 1e6:.1f}M parameters), "
+            f"reference {'the same' if args.kl_coef else 'none'}, reward {args.reward}, "
+            f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
+        )
+
+    def place_frozen_models(self):
+        """Put reference and reward model on the policy's device, or let them come and go."""
+        frozen_models = [self.reference]
+        if isinstance(self.reward, RewardModel):
+            frozen_models.append(self.reward.model)
+            self.reward.device = self.device
+        for frozen in frozen_models:
+            if frozen is None:
+                continue
+            if self.args.offload:
+                offload(frozen, self.policy, self.device)
+            else:
+                frozen.to(self.device)
+
+    def log(self, row):
+        self.metrics.write(json.dumps(row) + "\n")
+
+    def score(self, rows, responses):
+        return score_responses(self.args, self.reward, self.tokenizer, rows, responses)
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Return (figures, samples): means over the held-out rows, and three of them in words."""
+        tokenizer, rows, size = self.tokenizer, self.held_out_rows, self.args.batch_size
+        rewards, greedy_rewards, kls, texts, greedy_texts = [], [], [], [], []
+        torch.manual_seed(0)  # the same noise every time
+        self.policy.eval()
+        with weights_as(self.policy, self.dtype):
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                prompt, attention_mask = collate(tokenizer, batch, self.device)  # (B,P)
+                response, greedy_response, _ = rollout(
+                    self.policy,
+                    prompt,
+                    attention_mask,
+                    self.args.max_new_tokens,
+                    tokenizer.eos_token_id,
+                    tokenizer.pad_token_id,
+                )  # (B,T)
+                both = self.score(batch, torch.cat([response, greedy_response]))  # (2B,)
+                rewards += both[: len(batch)].tolist()
+                greedy_rewards += both[len(batch) :].tolist()
+                texts += decode_responses(tokenizer, batch, response)
+                greedy_texts += decode_responses(tokenizer, batch, greedy_response)
+                if self.reference is not None:
+                    mask = response_mask(response, tokenizer.eos_token_id)  # (B,T)
+                    inputs = prompt, attention_mask, response, mask
+                    logprobs = token_logprobs(self.policy, *inputs)  # (B,T)
+                    ref_logprobs = token_logprobs(self.reference, *inputs)  # (B,T)
+                    kls += (logprobs - ref_logprobs).sum(1).tolist()
+        figures = {
+            "eval_reward": sum(rewards) / len(rows),
+            "eval_greedy_reward": sum(greedy_rewards) / len(rows),
+            "eval_kl": sum(kls) / len(rows) if kls else None,
+        }
+        samples = [
+            f"  > {rows[i]['prompt_text']}\n"
+            f"    sampled {rewards[i]:6.3f}  {texts[i]!r}\n"
+            f"    greedy  {greedy_rewards[i]:6.3f}  {greedy_texts[i]!r}"
+            for i in range(min(3, len(rows)))
+        ]
+        return figures, samples
+
+    def evaluate_and_log(self, step):
+        figures, samples = self.evaluate()
+        self.log({"step": step} | figures)
+        tqdm.write(f"step {step}: held-out {in_words(figures, 'eval_')}")
+        for sample in samples:
+            tqdm.write(sample)
+
+    def train_step(self, step):
+        """Draw prompts, take one step of the algorithm, log and return its figures."""
+        args = self.args
+        # Noise that depends on the step alone: a resumed run draws what the whole one drew.
+        transformers.set_seed(random.Random(f"{args.seed}/{step}").getrandbits(32))
+        rows = random.sample(self.training_rows, args.batch_size)
+        prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
+        lr = args.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))  # a cosine to 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        figures = remax_step(
+            self.policy,
+            self.reference,
+            self.optimizer,
+            self.scaler,
+            partial(self.score, rows),
+            prompt,
+            attention_mask,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_new_tokens=args.max_new_tokens,
+            greedy=args.baseline == "greedy",
+            kl_coef=args.kl_coef,
+            micro_batch_size=args.micro_batch_size,
+            max_grad_norm=args.max_grad_norm,
+            dtype=self.dtype,
+        )
+        figures["peak_memory_gb"] = peak_memory_gb(self.device)
+        self.log({"step": step, "lr": lr} | figures)
+        return figures
+
+    def check_sampler(self, figures):
+        """Refuse a model whose decoding with a cache is not what its full forward computes."""
+        difference = figures["sampling_logp_difference"]
+        if difference > LARGEST_DIFFERENCE[self.dtype]:
+            sys.exit(
+                f"remax.py: sampling_logp_difference is {difference:.2g} nats a token: this "
+                "model's cached decoding is not what its full forward computes\n"
+                f"look at {flag(self.args, 'model')}, {flag(self.args, 'precision')}"
+            )
+
+    def save(self, step):
+        checkpoint = {
+            "step": step,
+            "metrics_bytes": self.metrics.tell(),
+            "args": vars(self.args),
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        with explain(self.args, "output_dir"):
+            save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
+
+    def save_model(self):
+        """The policy as found, but for its weights, and its tokenizer as found."""
+        with explain(self.args, "output_dir"):
+            self.policy.save_pretrained(self.folder / "model")
+            AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
+
+    def train(self, stop):
+        """Every step, with the evaluations and checkpoints that are due after it."""
+        args = self.args
+        if self.steps_done == 0:
+            self.evaluate_and_log(0)
+        skipped_in_a_row, idle_in_a_row = 0, 0
+        steps = range(self.steps_done + 1, args.steps + 1)
+        # disable=None: no bar where there is no terminal to draw it on.
+        bar = tqdm(steps, initial=self.steps_done, total=args.steps, disable=None)
+        for step in bar:
+            figures = self.train_step(step)
+            if step == steps[0]:
+                self.check_sampler(figures)
+            bar.set_description_str(in_words(figures), refresh=False)
+            if bar.disable:
+                print(f"step {step}: {in_words(figures)}", flush=True)
+
+            is_idle = figures["zero_advantage"] == 1 or (figures["kl"] or 0) < -1
+            idle_in_a_row = idle_in_a_row + 1 if is_idle else 0
+            if idle_in_a_row == 20:
+                tqdm.write(
+                    "warning: 20 steps of zero_advantage 1 (a collapsed policy, a constant "
+                    "reward?) or of kl below -1 (samples from what is not the policy?)"
+                )
+            skipped_in_a_row = skipped_in_a_row + 1 if figures["skipped"] else 0
+            no_progress = skipped_in_a_row == 5
+
+            is_last = step == args.steps
+            if is_last or step % args.eval_every == 0:
+                self.evaluate_and_log(step)
+            if is_last or step % args.save_every == 0 or stop.signal_number or no_progress:
+                self.save(step)
+            if stop.signal_number:
+                tqdm.write(f"stopped after step {step}: the same command with --resume continues")
+                sys.exit(128 + stop.signal_number)
+            if no_progress:
+                sys.exit(
+                    "remax.py: no finite gradient in 5 steps; a checkpoint is saved\n"
+                    f"look at {flag(args, 'lr')} (lower), {flag(args, 'precision')} (fp32)"
+                )
+
+
+def peak_memory_gb(device):
+    """The most GPU memory in use since the last call, in GB of 1e9 bytes; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 1e9
+
+
+def print_summary(path):
+    """The evaluations before and after, and where the seconds of the steps went."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluations = [row for row in rows if "eval_reward" in row]
+    for name, before in evaluations[0].items():
+        after = evaluations[-1][name]
+        if name != "step" and before is not None:
+            print(f"{name:20}{before:.4g} -> {after:.4g}")
+    steps = [row for row in rows if "reward" in row]
+    names = ("rollout_seconds", "score_seconds", "update_seconds")
+    seconds = {name: sum(row[name] for row in steps) for name in names}
+    for name in names:
+        print(f"{name:20}{seconds[name]:.1f} ({seconds[name] / sum(seconds.values()):.0%})")
+
+
+# =================================================================================================
+# The flags and main.
+# =================================================================================================
+
+HERE = Path(__file__).resolve().parent
+# Without --model these replace the defaults below, which follow the paper's GPT-2 runs (App. F.4).
+TINY_WORLD = {
+    "model": f"{HERE}/data/tiny/policy",
+    "reward": f"{HERE}/data/tiny/reward",
+    "max_new_tokens": 40,
+    "steps": 60,
+    "kl_coef": 0.05,
+    "lr": 6e-4,
+    "gradient_checkpointing": False,
+    "eval_every": 20,
+}
+
+
+def positive_int(text):
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return number
+
+
+def positive_float(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be finite and above 0")
+    return number
+
+
+def nonnegative_float(text):
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be finite and not below 0")
+    return number
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each flag's default, and leaves the lines of the description as they are."""
+
+
+def parse_args(argv=None):
+    tiny_world = "\n".join(f"  {name} {value}" for name, value in TINY_WORLD.items())
+    parser = argparse.ArgumentParser(
+        usage="python remax.py [--FLAG VALUE] ...",
+        description=__doc__,
+        epilog=f"Without --model these are the defaults:\n{tiny_world}",
+        formatter_class=HelpFormatter,
+    )
+    on_or_off = argparse.BooleanOptionalAction
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # fmt: off
+    flag = parser.add_argument_group("task").add_argument
+    flag("--model", help="policy: a causal language model, hub id or folder")
+    flag("--reward", default="lvwerra/distilbert-imdb",
+         help="a sequence classifier, hub id or folder, or a function, FILE.py:FUNCTION")
+    flag("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
+         help="a json, jsonl, csv, parquet or txt file, or a dataset of the hub")
+    flag("--prompt-column", default="prompt",
+         help="its column of texts, or of lists of {role, content}")
+    flag("--max-prompt-tokens", default=64, type=positive_int,
+         help="longer texts are cut to it, longer chats are left out")
+    flag("--max-new-tokens", default=48, type=positive_int,
+         help="a response without EOS is cut here")
+    flag("--missing-eos-penalty", default=0.0, type=nonnegative_float,
+         help="taken off the reward of such a response, sampled or greedy")
+
+    flag = parser.add_argument_group("algorithm").add_argument
+    flag("--baseline", default="greedy", choices=("greedy", "none"),
+         help="greedy is ReMax, none is REINFORCE")
+    flag("--kl-coef", default=0.01, type=nonnegative_float,
+         help="beta, the price of a nat of KL to the reference; 0 loads no reference")
+    flag("--steps", default=300, type=positive_int, help="rollouts, and updates: one each")
+    flag("--batch-size", default=32, type=positive_int, help="prompts a step, drawn anew")
+    flag("--lr", default=1e-6, type=positive_float,
+         help="learning rate at the start; it falls to 0 along a cosine")
+    flag("--optimizer", default="adamw", choices=("adamw", "adafactor"),
+         help="adafactor: a small state, wants 10 to 30 times the --lr")
+    flag("--max-grad-norm", default=1.0, type=positive_float,
+         help="longer gradients are scaled down to this norm")
+    flag("--seed", default=0, type=int, help="of the choice of prompts and of the sampling")
+    flag("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+         help="auto: on a GPU bf16 if it has it, else fp16; fp32 elsewhere")
+
+    flag = parser.add_argument_group("memory").add_argument
+    flag("--micro-batch-size", default=8, type=positive_int,
+         help="rows per backward pass: changes memory, not the gradient")
+    flag("--gradient-checkpointing", default=True, action=on_or_off,
+         help="recompute activations in the backward pass")
+    flag("--offload", default=False, action=on_or_off,
+         help="reference and reward model wait on the CPU while the policy is at work")
+    flag("--device", default=device, help="cpu, cuda, cuda:1, ...")
+
+    flag = parser.add_argument_group("run").add_argument
+    flag("--output-dir", help="for metrics, checkpoint and model; None: runs/MODEL-SEED")
+    flag("--eval-every", default=50, type=positive_int,
+         help="steps between evaluations on held-out prompts")
+    flag("--save-every", default=100, type=positive_int,
+         help="steps between checkpoints; the last step and Ctrl-C write one too")
+    flag("--resume", action="store_true",
+         help="continue the run in --output-dir: the same command, --steps may be more")
+    # fmt: on
+
+    args = parser.parse_args(argv)
+    run_name = "tiny-policy"
+    if args.model is None:
+        parser.set_defaults(**TINY_WORLD)
+        args = parser.parse_args(argv)  # again: flags that were given stay as they are
+    else:
+        run_name = Path(args.model).name
+    if args.output_dir is None:
+        args.output_dir = f"runs/{run_name}-{args.seed}"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    stop = StopRequest()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        train(cfg, asked)
-    except Exception as e:  # where it comes up, or its kind, says which flags to look at
-        *_, last = frames = inspect.getinnerframes(e.__traceback__)
-        places = [type(e).__name__] + [frame.function for frame in frames]
-        if not (names := next((FAULT[place].split() for place in places if place in FAULT), [])):
-            raise  # a bug: with its traceback
-        e = e.__cause__ if places[0] == "DatasetGenerationError" else e  # the reason is in there
-        why = f"{places[0]}: {str(e).strip() or 'no data'}".removeprefix("AssertionError: ")
-        sys.exit(f"remax.py: {why.splitlines()[0]} ({last.filename}:{last.lineno})\nlook at "
-                 + " ".join(map(cfg.flag, names)) + f" ({NOTES[names[0]]}); what was saved stays")
-    logged = [json.loads(line) for line in open(Path(cfg.output_dir, "metrics.jsonl"))]
-    evals = [row for row in logged if "eval_reward" in row]
-    took = {key: sum(row.get(key, 0) for row in logged) for key in logged[1] if "seconds" in key}
-    print(*(f"{k:20}{v:.4g} -> {evals[-1][k]:.4g}" for k, v in evals[0].items() if v is not None),
-          *(f"{key:20}{s:.1f} ({s / sum(took.values()):.0%})" for key, s in took.items()), sep="\n")
+        run = Run(args)
+        run.train(stop)
+        run.save_model()
+    except torch.OutOfMemoryError as error:
+        names = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
+        flags = ", ".join(flag(args, name) for name in names)
+        sys.exit(f"remax.py: {str(error).splitlines()[0]}\nlook at {flags}")
+    print_summary(run.folder / "metrics.jsonl")
+    print(f"the trained model is in {args.output_dir}/model")
+
 
 if __name__ == "__main__":
-    asked = []  # exit codes of Ctrl-C and SIGTERM: they wait for the end of the step, once
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda n, _: sys.exit(128 + n) if asked else asked.append(128 + n))
-    main(asked=asked)
+    main()

@@ -1,4 +1,5 @@
-"""What remax.py claims, proved on small models. No GPU and no network needed:  python -m pytest -q"""
+"""What remax.py claims, proved on small models. No GPU, no network:  python -m pytest -q"""
+
 import contextlib
 import errno
 import json
@@ -6,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -26,53 +27,274 @@ import remax
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
+TINY = DATA / "tiny"
 EOS, PAD = 2, 0
-warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini to name slow in
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+CPU = torch.device("cpu")
 torch.set_num_threads(1)  # the models are tiny, the cores are shared
+# There is no pytest.ini to name the mark "slow" in.
+warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
 
 
-# ------------------------------------------- helpers -------------------------------------------
+# =================================================================================================
+# Helpers
+# =================================================================================================
 
-def make(kind="gpt2", vocab_size=31, seed=0):
+NAMES = {"vocab_size": 31, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+TWO_KINDS = {"layer_types": ["linear_attention", "full_attention"]}
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+}
+
+# family: (its config class, what differs from the sizes above)
+FAMILIES = {
+    # GPT-2's kind
+    "gpt2": ("GPT2Config", GPT2 | {"n_positions": 64}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", SIZES),
+    "gptj": ("GPTJConfig", GPT2 | {"n_positions": 64, "rotary_dim": 4}),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon": (
+        "FalconConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "phi": ("PhiConfig", SIZES),
+    # Llama's kind
+    "llama": ("LlamaConfig", GROUPED),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
+    "phi3": ("Phi3Config", GROUPED),
+    "gemma": ("GemmaConfig", GROUPED | {"head_dim": 8}),
+    "cohere": ("CohereConfig", GROUPED),
+    "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 2.0}),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "glm4": ("Glm4Config", GROUPED | {"head_dim": 8}),
+    "stablelm": ("StableLmConfig", GROUPED),
+    "smollm3": ("SmolLM3Config", GROUPED),
+    # sliding windows, shorter than prompt and response
+    "mistral": ("MistralConfig", GROUPED | {"sliding_window": 8}),
+    "starcoder2": ("Starcoder2Config", GROUPED | {"sliding_window": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        GROUPED
+        | {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        GROUPED
+        | {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gemma3_nested": (
+        "Gemma3Config",
+        {
+            "text_config": NAMES
+            | GROUPED
+            | {
+                "head_dim": 8,
+                "sliding_window": 8,
+                "query_pre_attn_scalar": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 8,
+                "patch_size": 4,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    # mixtures of experts
+    "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4, "router_jitter_noise": 0.1}),
+    "qwen3_moe": ("Qwen3MoeConfig", GROUPED | EXPERTS | {"head_dim": 8}),
+    "olmoe": ("OlmoeConfig", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": (
+        "PhimoeConfig",
+        GROUPED | {"num_local_experts": 4, "router_jitter_noise": 0.1, "input_jitter_noise": 0.1},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        GROUPED
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    # hybrids: linear attention, state space or convolution layers beside attention
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        GROUPED | EXPERTS | DELTA_NET | TWO_KINDS | {"shared_expert_intermediate_size": 16},
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", GROUPED | DELTA_NET | TWO_KINDS),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        GROUPED
+        | MAMBA2
+        | {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 16,
+            "mamba_expand": 2,
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        GROUPED
+        | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64, "block_multiple_of": 8},
+    ),
+    "jamba": (
+        "JambaConfig",
+        GROUPED
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "bamba": ("BambaConfig", GROUPED | MAMBA2 | {"attn_layer_indices": [1], "mamba_expand": 2}),
+    "falcon_h1": ("FalconH1Config", GROUPED | MAMBA2 | {"head_dim": 8, "mamba_d_ssm": 64}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        GROUPED
+        | {
+            "hybrid_override_pattern": "M*-",
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        GROUPED
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "mamba_d_state": 8,
+            "mamba_headdim": 16,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 4,
+            "num_mem_blocks": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+}
+
+# Their output carries no cache.
+REFUSED = {
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        GROUPED
+        | {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8},
+    ),
+    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 4,
+            "head_dim": 16,
+            "n_groups": 1,
+        },
+    ),
+    "falcon_mamba": (
+        "FalconMambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "rwkv": (
+        "RwkvConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    ),
+    "bert": ("BertConfig", SIZES),
+}
+
+
+def make(family, vocab_size=31, seed=0):
     """A random model of a family, small, in float32, loud enough that mistakes show."""
-    names = dict(vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS)
-    llama = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 intermediate_size=64, max_position_embeddings=64)
-    config = {
-        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                                                **names),
-        "llama": lambda: transformers.LlamaConfig(**llama, **names),
-        "qwen2": lambda: transformers.Qwen2Config(**llama, **names),
-        "neox": lambda: transformers.GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                                   intermediate_size=64, max_position_embeddings=64, **names),
-        "opt": lambda: transformers.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
-                                              word_embed_proj_dim=32, max_position_embeddings=64, **names),
-        "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **names),
-        "gemma2": lambda: transformers.Gemma2Config(**llama, **names, head_dim=8, sliding_window=8,
-                                                    query_pre_attn_scalar=8, final_logit_softcapping=2.0),
-    }[kind]()
+    config_class, options = (FAMILIES | REFUSED)[family]
+    config = getattr(transformers, config_class)(**(NAMES | options | {"vocab_size": vocab_size}))
+    remax.turn_off_noise(config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.normal_(0, 0.3)
+    # The states of these two hybrids hold exponentials, in which rounding grows with the weights.
+    scale = 0.1 if family in ("nemotron_h", "zamba2") else 0.3
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, scale)
     return model.eval()
 
 
-FAMILIES = ["gpt2", "llama", "qwen2", "neox", "opt", "bloom", "gemma2"]
-
-
 def prompts(B=4, P=6, vocab_size=31, seed=1):
-    """Prompts (B,P) padded on the left by 0, 1, 2, ... columns; one holds an EOS that must stay visible."""
+    """Prompts (B,P) padded on the left by 0, 1, 2, ... columns; an EOS in one must stay visible."""
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(3, vocab_size, (B, P), generator=generator)
-    attention = torch.ones_like(prompt)
+    attention_mask = torch.ones_like(prompt)
     for b in range(1, B):
-        attention[b, :b % P] = 0
-    prompt = prompt.masked_fill(attention == 0, PAD)
+        attention_mask[b, : b % P] = 0
+    prompt = prompt.masked_fill(attention_mask == 0, PAD)
     prompt[0, 2] = EOS
-    return prompt, attention
+    return prompt, attention_mask
 
 
 def flat_grad(model):
@@ -83,64 +305,133 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def step(policy, reference=None, reward=None, B=4, lr=1.0, **kwargs):
+def error(a, b):
+    """The distance of a from b, relative to the size of b."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def mean_token(responses):
+    """A reward that needs no text."""
+    return responses.float().mean(1)
+
+
+def step(
+    policy, reference=None, reward=mean_token, B=4, lr=1.0, device="cpu", scaler=None, **kwargs
+):
     """One remax_step of plain SGD: with no clipping, old weights minus new ones is the gradient."""
     torch.manual_seed(5)
-    reward = reward or (lambda ys: ys.float().mean(1))
-    options = dict(eos_id=EOS, pad_id=PAD, max_new_tokens=7, greedy=True, kl_coef=0.1, micro_batch_size=2,
-                   max_grad_norm=1e9, dtype=torch.float32, home=torch.device("cpu")) | kwargs
-    return remax.remax_step(policy, reference, torch.optim.SGD(policy.parameters(), lr), torch.amp.GradScaler("cpu", enabled=False),
-                            reward, *prompts(B, vocab_size=policy.config.vocab_size), **options)
+    options = {
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "max_new_tokens": 7,
+        "greedy": True,
+        "kl_coef": 0.1 if reference is not None else 0.0,
+        "micro_batch_size": 2,
+        "max_grad_norm": 1e9,
+        "dtype": torch.float32,
+    }
+    optimizer = torch.optim.SGD(policy.parameters(), lr)
+    scaler = scaler or torch.amp.GradScaler(device, enabled=False)
+    prompt, attention_mask = prompts(B, vocab_size=policy.config.vocab_size)
+    prompt, attention_mask = prompt.to(device), attention_mask.to(device)
+    return remax.remax_step(
+        policy, reference, optimizer, scaler, reward, prompt, attention_mask, **(options | kwargs)
+    )
 
 
 @contextlib.contextmanager
 def recorded_logits(model):
     """The logits of each forward call, as the caller sees them."""
     seen = []
-    hook = model.register_forward_hook(lambda module, args, output: seen.append(output.logits[:, -1].float()))
+
+    def record(module, args, output):
+        seen.append(output.logits[:, -1].float())
+
+    hook = model.register_forward_hook(record)
     yield seen
     hook.remove()
 
 
+def checkpointing(model):
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 def run(*args, **env):
-    """remax.py as a user runs it: the finished process."""
-    return subprocess.run([sys.executable, remax.__file__, *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | env, timeout=300)
+    """remax.py as a person runs it: the finished process."""
+    command = [sys.executable, remax.__file__, *map(str, args)]
+    return subprocess.run(
+        command, cwd=ROOT, text=True, capture_output=True, env=os.environ | env, timeout=300
+    )
 
 
 def answer(capsys, *args):
-    """What remax.py would leave on standard error, bars aside, and its exit code; in this process, to save start-up."""
+    """What remax.py says last on standard error, and its exit code; in this process, for speed."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         remax.main([*map(str, args)])
-    said = [line for line in capsys.readouterr().err.split("\n") if line.strip() and "\r" not in line]
+    said = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
     if isinstance(stop.value.code, str):  # the interpreter prints it and exits with 1
         return 1, said + stop.value.code.split("\n")
     return stop.value.code, said
 
 
-def metrics(folder):
+def read_metrics(folder):
     return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
 
 
-# ------------------------------------------ the estimator ------------------------------------------
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def same_run(a, b):
+    """Two runs' metrics but for seconds, and their weights, are equal to the bit."""
+    assert without_seconds(read_metrics(a)) == without_seconds(read_metrics(b))
+    name = "model/model.safetensors"
+    assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """main() takes Ctrl-C and SIGTERM over; pytest wants them back."""
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+@pytest.fixture(autouse=True)
+def slow_only_on_request(request):
+    wanted = request.config.getoption("-m")
+    if request.node.get_closest_marker("slow") and "slow" not in wanted:
+        pytest.skip("slow: run with -m slow")
+
+
+# =================================================================================================
+# The estimator
+# =================================================================================================
+
 
 @pytest.fixture(scope="module")
 def enumeration():
     """Every response of up to 3 tokens of a 5-token policy, with its probability and reward."""
-    policy, reference = make(vocab_size=5, seed=3).double(), make(vocab_size=5, seed=4).double()
-    found = {}
+    policy = make("gpt2", vocab_size=5, seed=3).double()
+    reference = make("gpt2", vocab_size=5, seed=4).double()
+    found = {}  # a dict keeps the order and drops repeats
     for tokens in product(range(5), repeat=3):
         if EOS in tokens:
-            tokens = tokens[:tokens.index(EOS) + 1] + (PAD,) * (2 - tokens.index(EOS))
+            end = tokens.index(EOS)
+            tokens = tokens[: end + 1] + (PAD,) * (2 - end)
         found[tokens] = None
     response = torch.tensor(list(found))
-    prompt = torch.tensor([[PAD, 3, 4]]).repeat(len(response), 1)
-    attention = torch.tensor([[0, 1, 1]]).repeat(len(response), 1)
+    N = len(response)
+    prompt = torch.tensor([[PAD, 3, 4]]).repeat(N, 1)
+    attention_mask = torch.tensor([[0, 1, 1]]).repeat(N, 1)
     mask = remax.response_mask(response, EOS)
-    reward = torch.rand(len(response), generator=torch.Generator().manual_seed(0)).double()
-    logprobs = remax.token_logprobs(policy, prompt, attention, response, mask)
-    ref_logprobs = remax.token_logprobs(reference, prompt, attention, response, mask).detach()
+    reward = torch.rand(N, generator=torch.Generator().manual_seed(0)).double()
+    inputs = prompt, attention_mask, response, mask
+    logprobs = remax.token_logprobs(policy, *inputs)
+    ref_logprobs = remax.token_logprobs(reference, *inputs).detach()
     probability = logprobs.sum(1).exp()
     assert probability.sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -149,19 +440,23 @@ def enumeration():
         scalar.backward(retain_graph=True)
         return flat_grad(policy).clone()
 
-    def expected(baseline, kl_coef, probability=probability.detach()):
+    sampler = probability.detach()
+
+    def expected(baseline, kl_coef, probability=sampler):
         """sum_y p(y) * gradient of remax_loss(y): what many samples would give on average."""
-        rows = [remax.remax_loss(logprobs[i:i + 1], ref_logprobs[i:i + 1], mask[i:i + 1], reward[i:i + 1],
-                                 baseline[i:i + 1], kl_coef) for i in range(len(response))]
-        return gradient((torch.stack(rows) * probability).sum())
+        losses = []
+        for i in range(N):
+            row = slice(i, i + 1)
+            loss = remax.remax_loss(
+                logprobs[row], ref_logprobs[row], mask[row], reward[row], baseline[row], kl_coef
+            )
+            losses.append(loss)
+        return gradient((torch.stack(losses) * probability).sum())
 
     kl = (probability * (logprobs - ref_logprobs).sum(1)).sum()
-    exact = {beta: gradient(-(probability * reward).sum() + beta * kl) for beta in (0.0, 0.3)}
-    return expected, exact, reward, probability.detach()
-
-
-def error(a, b):
-    return ((a - b).norm() / b.norm()).item()
+    expected_reward = (probability * reward).sum()
+    exact = {beta: gradient(-expected_reward + beta * kl) for beta in (0.0, 0.3)}
+    return expected, exact, reward, sampler
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -171,162 +466,260 @@ def test_estimator_is_unbiased_whatever_the_baseline(enumeration, beta, baseline
     assert error(expected(torch.full_like(reward, baseline), beta), exact[beta]) < 1e-4
 
 
-def test_negative_controls_action_dependent_baseline_and_truncated_sampler_are_biased(enumeration):
-    expected, exact, reward, probability = enumeration
+def test_a_baseline_that_depends_on_the_sample_is_biased(enumeration):
+    expected, exact, reward, _ = enumeration
     assert error(expected(0.5 * reward, 0.0), exact[0.0]) > 0.1
+
+
+def test_under_a_truncated_sampler_the_gradient_is_biased_and_the_baseline_moves_it(enumeration):
+    expected, exact, reward, probability = enumeration
     kept = probability * (probability >= probability.topk(10).values[-1])
-    top = [expected(torch.full_like(reward, b), 0.0, kept / kept.sum()) for b in (0.0, 5.0)]
-    assert error(top[0], exact[0.0]) > 0.1 and error(top[1], top[0]) > 0.5  # even the baseline moves it
+    kept = kept / kept.sum()
+    without = expected(torch.zeros_like(reward), 0.0, kept)
+    shifted = expected(torch.full_like(reward, 5.0), 0.0, kept)
+    assert error(without, exact[0.0]) > 0.1
+    assert error(shifted, without) > 0.5
 
 
 def test_loss_and_gradient_by_hand():
-    logprobs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)  # the last column is padding
-    ref_logprobs, mask = torch.tensor([[-1.5, -1.0, 50.0]]), torch.tensor([[1, 1, 0]])
-    loss = remax.remax_loss(logprobs, ref_logprobs, mask, torch.tensor([1.0]), torch.tensor([0.4]), 0.1)
-    assert loss.item() == pytest.approx(2.05) and "= 2.05." in remax.remax_loss.__doc__
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)  # the last one is padding
+    ref_logprobs = torch.tensor([[-1.5, -1.0, 50.0]])
+    mask = torch.tensor([[1, 1, 0]])
+    reward, baseline = torch.tensor([1.0]), torch.tensor([0.4])
+    loss = remax.remax_loss(logprobs, ref_logprobs, mask, reward, baseline, 0.1)
+    assert loss.item() == pytest.approx(2.05)
+    assert "= 2.05." in remax.remax_loss.__doc__
     loss.backward()
     assert logprobs.grad.tolist()[0] == pytest.approx([-0.65, -0.7, 0.0])
 
 
-def test_loss_with_baseline_zero_is_reinforce_and_is_summed_over_tokens_and_averaged_over_rows():
+def test_loss_with_baseline_zero_is_reinforce_summed_over_tokens_averaged_over_rows():
     logprobs, zero = torch.randn(3, 4), torch.zeros(3)
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
     reward = torch.tensor([1.0, 2.0, 3.0])
-    reinforce = -sum(reward[i] * logprobs[i, :n].sum() for i, n in enumerate((4, 1, 2))) / 3
-    assert remax.remax_loss(logprobs, 0.0, mask, reward, zero, 0.0).item() == pytest.approx(reinforce.item())
+    lengths = 4, 1, 2
+    reinforce = -sum(reward[i] * logprobs[i, :n].sum() for i, n in enumerate(lengths)) / 3
+    loss = remax.remax_loss(logprobs, torch.zeros(3, 4), mask, reward, zero, 0.0)
+    assert loss.item() == pytest.approx(reinforce.item())
 
 
 def test_no_gradient_through_the_advantage():
-    logprobs, ref = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
-    reward, baseline = torch.randn(2, requires_grad=True), torch.zeros(2)
-    remax.remax_loss(logprobs, ref.detach(), torch.ones(2, 3), reward.detach(), baseline, 0.5).backward()
-    kl = (logprobs - ref).detach()
-    to_go = torch.stack([kl[:, t:].sum(1) for t in range(3)], 1)
-    assert torch.allclose(logprobs.grad, -(reward.detach()[:, None] - 0.5 * to_go) / 2, atol=1e-6)
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    ref_logprobs, reward = torch.randn(2, 3), torch.randn(2)
+    loss = remax.remax_loss(logprobs, ref_logprobs, torch.ones(2, 3), reward, torch.zeros(2), 0.5)
+    loss.backward()
+    kl = (logprobs - ref_logprobs).detach()
+    kl_to_go = torch.stack([kl[:, t:].sum(1) for t in range(3)], 1)
+    assert torch.allclose(logprobs.grad, -(reward[:, None] - 0.5 * kl_to_go) / 2, atol=1e-6)
 
 
-# ------------------------------------ masks, positions, log-probs ------------------------------------
+def test_kl_of_two_known_distributions_is_lowered_by_descent():
+    """Policy (0.9, 0.1), reference (0.5, 0.5): KL = 0.9 log 1.8 + 0.1 log 0.2 nats."""
+    p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
+    k1 = p.log() - q.log()
+    assert (p * k1).sum().item() == pytest.approx(0.3681, abs=1e-4)
+    logprobs = p.log()[:, None].requires_grad_()
+    zero = torch.zeros(2)
+    loss = remax.remax_loss(logprobs, q.log()[:, None], torch.ones(2, 1), zero, zero, 1.0)
+    loss.backward()
+    assert logprobs.grad[:, 0].tolist() == pytest.approx((k1 / 2).tolist())
+
+
+def test_a_constant_added_to_the_reward_changes_no_gradient():
+    """b holds it too; REINFORCE, without b, is moved by it."""
+    gradients = {}
+    for greedy, constant in product((True, False), (0.0, 5.0)):
+        policy = make("gpt2")
+        before = weights(policy)
+
+        def reward(responses, constant=constant):
+            return mean_token(responses) + constant
+
+        figures = step(policy, make("gpt2", seed=1), reward, greedy=greedy)
+        gradients[greedy, constant] = before - weights(policy), figures["kl"]
+    assert error(gradients[True, 5.0][0], gradients[True, 0.0][0]) < 1e-4
+    assert gradients[True, 5.0][1] == gradients[True, 0.0][1]
+    assert error(gradients[False, 5.0][0], gradients[False, 0.0][0]) > 0.1
+
+
+# =================================================================================================
+# Masks, positions, log-probs
+# =================================================================================================
+
 
 def test_mask_keeps_the_first_eos_and_drops_the_pads_when_pad_is_eos():
     response = torch.tensor([[5, EOS, EOS, EOS], [5, 6, 7, 8], [EOS, 5, 6, EOS]])
-    assert remax.response_mask(response, EOS).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert remax.response_mask(response, EOS).tolist() == expected
 
 
 def test_column_t_is_token_t():
-    model = make()
+    model = make("gpt2")
     ids = torch.tensor([[7, 8, 9, 10, 11]])
     logprobs = model(ids).logits.float().log_softmax(-1)
-    by_hand = [logprobs[0, 1, 9], logprobs[0, 2, 10], logprobs[0, 3, 11]]  # position 1 predicts token 2
+    by_hand = [logprobs[0, 1, 9], logprobs[0, 2, 10], logprobs[0, 3, 11]]
     ones = torch.ones_like(ids)
     got = remax.token_logprobs(model, ids[:, :2], ones[:, :2], ids[:, 2:], ones[:, 2:])
     assert got[0].tolist() == pytest.approx([x.item() for x in by_hand], abs=1e-5)
 
 
 def test_logprobs_of_a_bf16_model_are_taken_in_float32():
-    model, ids = make().bfloat16(), torch.randint(3, 31, (4, 9))
-    exact = model(ids).logits.double().log_softmax(-1)[:, 2:-1].gather(2, ids[:, 3:, None])[..., 0]
+    model, ids = make("gpt2").bfloat16(), torch.randint(3, 31, (4, 9))
+    logits = model(ids).logits[:, 2:-1].double()
+    exact = logits.log_softmax(-1).gather(2, ids[:, 3:, None])[..., 0]
     ones = torch.ones_like(ids)
     got = remax.token_logprobs(model, ids[:, :3], ones[:, :3], ids[:, 3:], ones[:, 3:])
-    assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-4
+    assert got.dtype == torch.float32
+    assert (got - exact).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_padding_changes_no_logprob(kind):
-    model = make(kind)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_logprob(family):
+    model = make(family)
     torch.manual_seed(0)
     prompt, response = torch.randint(3, 31, (1, 4)), torch.randint(3, 31, (1, 5))
+    pads = prompt.new_zeros(1, 3)
     ones = torch.ones_like
     alone = remax.token_logprobs(model, prompt, ones(prompt), response, ones(response))
-    pads = prompt.new_zeros(1, 3)
     padded = remax.token_logprobs(
-        model, torch.cat([pads, prompt], 1), torch.cat([pads, ones(prompt)], 1),
-        torch.cat([response, pads], 1), torch.cat([ones(response), pads], 1))
-    assert torch.allclose(alone, padded[:, :5], atol=2e-5) and padded[:, 5:].abs().sum() == 0
+        model,
+        torch.cat([pads, prompt], 1),
+        torch.cat([pads, ones(prompt)], 1),
+        torch.cat([response, pads], 1),
+        torch.cat([ones(response), pads], 1),
+    )
+    assert torch.allclose(alone, padded[:, :5], atol=2e-4)
+    assert padded[:, 5:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_rollout_is_the_policy_and_its_greedy_half_is_generate(kind, padded):
-    """Log-probs gathered while decoding equal token_logprobs, with left padding and without, to 2e-4 nats."""
-    model, (prompt, attention) = make(kind), prompts(B=6)
-    if not padded:
-        prompt, attention = prompt.masked_fill(attention == 0, 9), torch.ones_like(attention)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rollout_is_the_policy(family):
+    """The log-probs of the tokens as they were drawn are those of the full forward pass."""
+    model, (prompt, attention_mask) = make(family), prompts(B=6)
     torch.manual_seed(2)
-    with recorded_logits(model) as seen:
-        response, greedy = remax.rollout(model, prompt, attention, 9, EOS, PAD)
-    seen[0] = seen[0].repeat(2, 1)  # the prompts are read once, for both halves
-    decoded = torch.stack(seen, 1).log_softmax(-1)                                    # (2B,T,V)
-    for half, y in (decoded[:6], response), (decoded[6:], greedy):
-        mask = remax.response_mask(y, EOS)
-        gathered = half.gather(2, y[..., None])[..., 0] * mask
-        assert torch.allclose(gathered, remax.token_logprobs(model, prompt, attention, y, mask), atol=2e-4)
-    expected = model.generate(prompt, attention_mask=attention, do_sample=False, max_new_tokens=9,
-                              eos_token_id=EOS, pad_token_id=PAD)[:, 6:]
-    mask = remax.response_mask(greedy, EOS)[:, :expected.size(1)]
-    assert (greedy[:, :expected.size(1)] * mask == expected * mask).all()
-    assert (greedy[:, 1:] == PAD)[remax.response_mask(greedy, EOS)[:, 1:] == 0].all()  # pads after EOS
+    response, _, logprobs = remax.rollout(model, prompt, attention_mask, 9, EOS, PAD)
+    mask = remax.response_mask(response, EOS)
+    expected = remax.token_logprobs(model, prompt, attention_mask, response, mask)
+    assert mask.sum() > 12
+    assert torch.allclose(logprobs * mask, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_half_of_the_rollout_is_generate(family):
+    model, (prompt, attention_mask) = make(family), prompts(B=6)
+    torch.manual_seed(2)
+    _, greedy, _ = remax.rollout(model, prompt, attention_mask, 9, EOS, PAD)
+    expected = model.generate(
+        prompt,
+        attention_mask=attention_mask,
+        do_sample=False,
+        max_new_tokens=9,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )[:, 6:]
+    T = expected.size(1)
+    mask = remax.response_mask(greedy, EOS)
+    assert torch.equal(greedy[:, :T] * mask[:, :T], expected * mask[:, :T])
+    assert (greedy[mask == 0] == PAD).all()  # padding after EOS
+
+
+def test_rollout_without_left_padding():
+    model, (prompt, attention_mask) = make("gpt2"), prompts(B=6)
+    prompt, attention_mask = prompt.masked_fill(attention_mask == 0, 9), attention_mask * 0 + 1
+    response, _, logprobs = remax.rollout(model, prompt, attention_mask, 9, EOS, PAD)
+    mask = remax.response_mask(response, EOS)
+    expected = remax.token_logprobs(model, prompt, attention_mask, response, mask)
+    assert torch.allclose(logprobs * mask, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_model_that_keeps_no_cache_is_refused_by_name(family):
+    model = make(family)
+    with pytest.raises(ValueError, match=f"{type(model).__name__}.*past_key_values"):
+        remax.rollout(model, *prompts(), 3, EOS, PAD)
 
 
 def test_rollout_draws_from_the_full_softmax():
-    """20,000 first tokens against the model's own probabilities: chi-square, 96 degrees of freedom."""
-    model, prompt = make(vocab_size=97), torch.full((20_000, 1), 5)
+    """20,000 first tokens against the model's own probabilities: chi-square, 96 degrees."""
+    model, prompt = make("gpt2", vocab_size=97), torch.full((20_000, 1), 5)
     model.lm_head.weight.data *= 0.3  # no token so rare that the test is none
     torch.manual_seed(0)
-    response, _ = remax.rollout(model, prompt, torch.ones_like(prompt), 1, EOS, PAD, greedy=False)
+    ones = torch.ones_like(prompt)
+    response, _, _ = remax.rollout(model, prompt, ones, 1, EOS, PAD, greedy=False)
     expected = model(prompt[:1]).logits[0, -1].softmax(-1) * 20_000
     count = response[:, 0].bincount(minlength=97)
-    assert expected.min() > 5 and ((count - expected) ** 2 / expected).sum().item() < 160  # 99.99 % quantile
+    assert expected.min() > 5
+    assert ((count - expected) ** 2 / expected).sum().item() < 160  # the 99.99 % quantile
 
 
 def test_rollout_without_greedy_decodes_b_rows_and_stops_early():
-    model, (prompt, attention) = make(), prompts(B=3)
-    model.lm_head.weight.data[EOS] = model.lm_head.weight.data.abs().sum()  # EOS at once, whatever comes
+    model, (prompt, attention_mask) = make("gpt2"), prompts(B=3)
+    model.lm_head.weight.data[EOS] = model.lm_head.weight.data.abs().sum()  # EOS at once
     model.transformer.ln_f.bias.data.fill_(1.0)
     with recorded_logits(model) as seen:
-        response, greedy = remax.rollout(model, prompt, attention, 40, EOS, PAD, greedy=False)
-    assert greedy is None and seen[0].size(0) == 3
-    assert response.tolist() == [[EOS]] * 3 and len(seen) == 1
+        response, greedy, _ = remax.rollout(
+            model, prompt, attention_mask, 40, EOS, PAD, greedy=False
+        )
+    assert greedy.shape == (0, 1)
+    assert response.tolist() == [[EOS]] * 3
+    assert len(seen) == 1
+    assert seen[0].size(0) == 3
 
 
 def test_a_poisoned_generation_config_does_not_leak():
-    clean, poisoned = make(), make()
+    clean, poisoned = make("gpt2"), make("gpt2")
     poisoned.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=5.0, min_new_tokens=9, max_length=3)
-    outputs = []
-    for model in clean, poisoned:
-        torch.manual_seed(0)
-        outputs.append(torch.cat(remax.rollout(model, *prompts(), 9, EOS, PAD)))
-    assert torch.equal(*outputs)
+        do_sample=True,
+        temperature=0.1,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=5.0,
+        min_new_tokens=9,
+        max_length=3,
+    )
+    torch.manual_seed(0)
+    expected = remax.rollout(clean, *prompts(), 9, EOS, PAD)
+    torch.manual_seed(0)
+    got = remax.rollout(poisoned, *prompts(), 9, EOS, PAD)
+    assert all(map(torch.equal, got, expected))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_dropout_is_off_in_train_mode(kind, tmp_path):
-    make(kind).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(
-        config | {key: 0.5 for key, value in config.items() if "drop" in key and isinstance(value, float)}))
-    AutoTokenizer.from_pretrained(DATA / "tiny-policy").save_pretrained(tmp_path)
-    policy, *_ = remax.load_models(remax.Config(model=str(tmp_path), kl_coef=0), torch.device("cpu"), torch.float32, tmp_path)
-    ids = torch.randint(3, 31, (2, 8))
-    policy.train()
-    assert torch.equal(policy(ids).logits, policy(ids).logits)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_policy_has_no_noise_and_trains_with_checkpointing(family, tmp_path):
+    """What train() mode computes is what eval() mode computes, and it has gradients."""
+    model = make(family)
+    loud_config(model.config)
+    model.save_pretrained(tmp_path)
+    flags = ["--model", tmp_path, "--max-prompt-tokens", 6, "--max-new-tokens", 9]
+    policy = remax.load_policy(remax.parse_args([*map(str, flags)]))
+    prompt, attention_mask = prompts()
+    response = torch.randint(3, 31, (4, 5), generator=torch.Generator().manual_seed(0))
+    inputs = prompt, attention_mask, response, torch.ones_like(response)
+    expected = remax.token_logprobs(policy.eval(), *inputs)
+    got = remax.token_logprobs(policy.train(), *inputs)
+    assert torch.allclose(got, expected, atol=2e-4)
+    got.sum().backward()
+    assert flat_grad(policy).norm() > 0
 
 
-# --------------------------------------------- the step ---------------------------------------------
+def loud_config(config):
+    """Turn every dropout and jitter of a config up, in the configs inside it too."""
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            loud_config(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.5)
+
+
+# =================================================================================================
+# The step
+# =================================================================================================
+
 
 def test_kl_is_zero_at_the_first_step_and_has_the_right_sign_later():
-    assert step(make(), make())["kl"] == 0.0
-    assert step(make(), make(seed=1))["kl"] > 0.1  # the policy's own samples are likelier under it
-
-
-def test_kl_of_two_known_distributions():
-    """Policy (0.9, 0.1), reference (0.5, 0.5): KL = 0.9 log 1.8 + 0.1 log 0.2 nats, as a mean of k1."""
-    p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
-    k1 = p.log() - q.log()
-    assert (p * k1).sum().item() == pytest.approx(0.3681, abs=1e-4)
-    logprobs = p.log()[:, None].requires_grad_()
-    remax.remax_loss(logprobs, q.log()[:, None], torch.ones(2, 1), torch.zeros(2), torch.zeros(2), 1.0).backward()
-    assert logprobs.grad[:, 0].tolist() == pytest.approx((k1 / 2).tolist())  # descent lowers what is too likely
+    assert step(make("gpt2"), make("gpt2"))["kl"] == 0.0
+    # A policy's own samples are likelier under it than under another model.
+    assert step(make("gpt2"), make("gpt2", seed=1))["kl"] > 0.1
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -334,273 +727,476 @@ def test_micro_batch_size_does_not_change_the_gradient(size):
     """Sorted by length, cut to their longest response, of unequal sizes: the same gradient."""
     gradients = []
     for micro_batch_size in (8, size):
-        policy = make(vocab_size=7)
+        policy, reference = make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1)
         before = weights(policy)
-        row = step(policy, make(vocab_size=7, seed=1), B=8, micro_batch_size=micro_batch_size)
+        figures = step(policy, reference, B=8, micro_batch_size=micro_batch_size)
         gradients.append(before - weights(policy))
-    assert row["tokens"] < 7 and error(*gradients) < 1e-5
+    assert figures["tokens"] < 7
+    assert error(*gradients) < 1e-5
 
 
-def test_the_update_is_the_gradient_of_remax_loss_on_the_unsorted_batch():
-    policy, reference = make(), make(seed=1)
+@pytest.fixture(scope="module")
+def step_by_hand():
+    """The tensors of step(policy, reference), put together from the public functions."""
+    policy, reference = make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1)
+    prompt, attention_mask = prompts(8, vocab_size=7)
     torch.manual_seed(5)
-    response, greedy = remax.rollout(policy, *prompts(), 7, EOS, PAD)
+    response, greedy, _ = remax.rollout(policy, prompt, attention_mask, 7, EOS, PAD)
     mask = remax.response_mask(response, EOS)
-    logprobs = remax.token_logprobs(policy, *prompts(), response, mask)
-    ref_logprobs = remax.token_logprobs(reference, *prompts(), response, mask).detach()
-    remax.remax_loss(logprobs, ref_logprobs, mask, response.float().mean(1), greedy.float().mean(1), 0.1).backward()
-    expected, before = flat_grad(policy), weights(policy)
-    policy.zero_grad()
-    step(policy, reference)
-    assert error(before - weights(policy), expected) < 1e-4
+    assert mask.sum(1).unique().numel() > 1  # rows of several lengths, or errors would not show
+    inputs = prompt, attention_mask, response, mask
+    logprobs = remax.token_logprobs(policy, *inputs)
+    ref_logprobs = remax.token_logprobs(reference, *inputs).detach()
+    reward, baseline = mean_token(response), mean_token(greedy)
+    loss = remax.remax_loss(logprobs, ref_logprobs, mask, reward, baseline, 0.1)
+    loss.backward()
+    return locals()
+
+
+def test_the_update_is_the_gradient_of_remax_loss_on_the_unsorted_batch(step_by_hand):
+    policy = make("gpt2", vocab_size=7)
+    before = weights(policy)
+    step(policy, make("gpt2", vocab_size=7, seed=1), B=8)
+    assert error(before - weights(policy), flat_grad(step_by_hand["policy"])) < 1e-4
+
+
+def test_the_figures_are_what_they_say(step_by_hand):
+    hand = step_by_hand
+    figures = step(make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1), B=8)
+    mask, logprobs = hand["mask"], hand["logprobs"].detach()
+    expected = {
+        "reward": hand["reward"].mean(),
+        "greedy_reward": hand["baseline"].mean(),
+        "advantage": (hand["reward"] - hand["baseline"]).mean(),
+        "kl": (logprobs - hand["ref_logprobs"]).sum(1).mean(),
+        "entropy": -logprobs.sum() / mask.sum(),
+        "tokens": mask.sum() / len(mask),
+        "eos": (hand["response"] == EOS).any(1).float().mean(),
+        "loss": hand["loss"],
+        "grad_norm": flat_grad(hand["policy"]).norm(),
+    }
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
+def test_sampling_logp_difference_is_zero_for_a_true_sampler_and_shows_a_wrong_one(monkeypatch):
+    assert step(make("gpt2"))["sampling_logp_difference"] < 1e-5
+    rollout = remax.rollout
+
+    def tempered(policy, *args):
+        policy.lm_head.weight.data *= 0.5
+        result = rollout(policy, *args)
+        policy.lm_head.weight.data *= 2
+        return result
+
+    policy = make("gpt2")
+    policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().clone())
+    monkeypatch.setattr(remax, "rollout", tempered)
+    assert step(policy)["sampling_logp_difference"] > 0.02
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted():
-    policy = make()
+    policy = make("gpt2")
     before = weights(policy)
-    row = step(policy, reward=lambda ys: torch.full((len(ys),), float("nan")))
-    assert torch.equal(before, weights(policy)) and row["skipped"] == 1
+
+    def nan(responses):
+        return torch.full((len(responses),), float("nan"))
+
+    assert step(policy, reward=nan)["skipped"] == 1
+    assert torch.equal(before, weights(policy))
 
 
 def test_equal_rewards_give_no_gradient_and_are_counted():
-    policy = make()
+    policy = make("gpt2")
     before = weights(policy)
-    row = step(policy, reward=lambda ys: torch.ones(len(ys)), kl_coef=0.0)
-    assert torch.equal(before, weights(policy)) and row["zero_advantage"] == 1 and row["advantage"] == 0
+
+    def one(responses):
+        return torch.ones(len(responses))
+
+    figures = step(policy, reward=one)
+    assert torch.equal(before, weights(policy))
+    assert figures["zero_advantage"] == 1
+    assert figures["advantage"] == 0
 
 
-def test_baseline_comes_from_the_greedy_rows():
+def test_baseline_comes_from_the_greedy_rows_of_one_call():
     calls = []
 
-    def reward(ys):
-        calls.append(ys)
-        return torch.arange(len(ys)).float()
-    row = step(make(), reward=reward)
-    _, greedy = remax.rollout(make(), *prompts(), 7, EOS, PAD)
-    assert len(calls) == 1 and calls[0].size(0) == 8  # one call, sampled rows first
-    T = min(greedy.size(1), calls[0].size(1))
-    assert torch.equal(calls[0][4:, :T], greedy[:, :T])
-    assert row["reward"] == 1.5 and row["greedy_reward"] == 5.5 and row["advantage"] == -4
-    row = step(make(), reward=reward, greedy=False)
-    assert len(calls[1]) == 4 and row["greedy_reward"] is None and row["advantage"] == 1.5
+    def reward(responses):
+        calls.append(responses)
+        return torch.arange(len(responses)).float()
+
+    figures = step(make("gpt2"), reward=reward)
+    policy = make("gpt2")
+    torch.manual_seed(5)
+    response, greedy, _ = remax.rollout(policy, *prompts(), 7, EOS, PAD)
+    assert len(calls) == 1
+    assert torch.equal(calls[0], torch.cat([response, greedy]))
+    assert figures["reward"] == 1.5
+    assert figures["greedy_reward"] == 5.5
+    assert figures["advantage"] == -4
+
+
+def test_without_greedy_rows_the_baseline_is_zero():
+    calls = []
+
+    def reward(responses):
+        calls.append(responses)
+        return torch.arange(len(responses)).float()
+
+    figures = step(make("gpt2"), reward=reward, greedy=False)
+    assert len(calls[0]) == 4
+    assert figures["greedy_reward"] is None
+    assert figures["advantage"] == 1.5
 
 
 def test_checkpointing_changes_no_update():
     results = []
-    for checkpointing in False, True:
-        policy = make()
-        if checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
-        step(policy, make(seed=1))  # it leaves the policy in train() mode
-        results.append((step(policy, make(seed=1))["reward"], weights(policy)))
-    assert results[0][0] == results[1][0] and torch.allclose(results[0][1], results[1][1], atol=1e-6)
+    for policy in make("gpt2"), checkpointing(make("gpt2")):
+        step(policy, make("gpt2", seed=1))  # it leaves the policy in train() mode
+        figures = step(policy, make("gpt2", seed=1))
+        results.append((figures["reward"], weights(policy)))
+    assert results[0][0] == results[1][0]
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def test_checkpointing_recomputes_the_layers_in_the_backward_pass():
+    """Each layer runs twice a micro-batch in the update, and once a token in the rollout."""
+    policy = checkpointing(make("gpt2"))
+    calls = []
+
+    def count(module, args, output):
+        calls.append(policy.training)
+
+    policy.transformer.h[0].ln_1.register_forward_hook(count)
+    step(policy, micro_batch_size=2)  # two micro-batches
+    assert calls.count(True) == 4
+
+
+def test_bf16_computes_the_update_in_bf16():
+    policy = make("gpt2")
+    seen = []
+
+    def record(module, args, output):
+        seen.append((policy.training, output.dtype))
+
+    policy.transformer.h[0].attn.c_proj.register_forward_hook(record)
+    step(policy, dtype=torch.bfloat16)
+    assert set(seen) == {(False, torch.bfloat16), (True, torch.bfloat16)}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
 def test_weights_as_gives_the_own_weights_back():
-    model = make()
-    before, layers = weights(model), [p.data_ptr() for p in model.parameters()]
+    model = make("gpt2")
+    before, places = weights(model), [p.data_ptr() for p in model.parameters()]
     with pytest.raises(KeyError), remax.weights_as(model, torch.bfloat16):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         raise KeyError
-    assert torch.equal(before, weights(model)) and layers == [p.data_ptr() for p in model.parameters()]
+    assert torch.equal(before, weights(model))
+    assert places == [p.data_ptr() for p in model.parameters()]
 
 
-# ---------------------------------------- memory and precision ----------------------------------------
+# =================================================================================================
+# Memory and precision
+# =================================================================================================
 
-def test_parked_models_change_nothing(tmp_path):
-    """--offload: the same metrics and weights, to the bit (on a CPU: the way there and back)."""
+
+def tiny_args(*flags):
+    return remax.parse_args([*map(str, flags)])
+
+
+def test_offloaded_models_change_nothing(tmp_path):
     for name, flags in ("a", []), ("b", ["--offload"]):
-        remax.main(["--steps", "2", "--eval-every", "2", "--output-dir", str(tmp_path / name), *flags])
-    a, b = ([{k: v for k, v in r.items() if "seconds" not in k and k != "peak_memory_gb"} for r in metrics(tmp_path / name)]
-            for name in "ab")
-    assert a == b
-    assert (tmp_path / "a/model/model.safetensors").read_bytes() == (tmp_path / "b/model/model.safetensors").read_bytes()
+        folder = str(tmp_path / name)
+        remax.main(["--steps", "2", "--eval-every", "2", "--output-dir", folder, *flags])
+    same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--optimizer", "adafactor", "--lr", "5e-3"],
-                                   ["--gradient-checkpointing", "--micro-batch-size", "4"]])
+def test_offload_moves_a_frozen_model_in_for_its_own_work_and_out_for_the_policys():
+    class Frozen(torch.nn.Linear):
+        device = CPU
+
+        def to(self, device):
+            moves.append(str(device))
+            self.device = torch.device(device)
+
+    moves = []
+    policy, frozen = torch.nn.Linear(2, 2), Frozen(2, 2)
+    remax.offload(frozen, policy, torch.device("meta"))
+    frozen(torch.ones(1, 2))
+    frozen(torch.ones(1, 2))
+    policy(torch.ones(1, 2))
+    policy(torch.ones(1, 2))
+    assert moves == ["meta", "meta", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "bf16"],
+        ["--optimizer", "adafactor", "--lr", "5e-3"],
+        ["--gradient-checkpointing", "--micro-batch-size", "4"],
+    ],
+)
 def test_other_flags_learn_too(tmp_path, flags):
     remax.main(["--steps", "8", "--eval-every", "8", "--output-dir", str(tmp_path), *flags])
-    rows = metrics(tmp_path)
-    assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.05 and abs(rows[1]["kl"]) < 0.1
-    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").parameters()} == {torch.float32}
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.05
+    assert abs(rows[1]["kl"]) < 0.1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_rests_in_the_dtype_asked_for(dtype):
+    reference = remax.load_reference(tiny_args(), dtype)
+    assert {p.dtype for p in reference.parameters()} == {dtype}
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert not reference.training
+
+
+def test_the_reward_model_rests_in_the_dtype_asked_for():
+    reward = remax.load_reward(tiny_args(), torch.bfloat16)
+    assert {p.dtype for p in reward.model.parameters()} == {torch.bfloat16}
+    assert not reward.model.training
 
 
 def test_no_float32_copy_of_all_logits_is_kept_for_the_backward_pass():
     """What autograd saves between forward and backward holds no (B,T,V) float32 tensor."""
-    model, ids = make().bfloat16(), torch.randint(3, 31, (4, 9))
+    model, ids = make("gpt2").bfloat16(), torch.randint(3, 31, (4, 9))
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        remax.token_logprobs(model, ids[:, :3], torch.ones_like(ids[:, :3]), ids[:, 3:], torch.ones_like(ids[:, 3:]))
-    assert not any(t.dtype == torch.float32 and t.shape[-1:] == (31,) and t.numel() > 31 for t in saved)
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    ones = torch.ones_like(ids)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        remax.token_logprobs(model, ids[:, :3], ones[:, :3], ids[:, 3:], ones[:, 3:])
+    wide = [t for t in saved if t.shape[-1:] == (31,) and t.numel() > 31]
+    assert not any(t.dtype == torch.float32 for t in wide)
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def gpu_step(dtype, checkpointing=False, scale=None):
-    torch.manual_seed(5)
-    policy = make().cuda()
-    if checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16, **({"init_scale": scale} if scale else {}))
+def gpu_step(dtype, policy=None, scale=1024.0):
+    """The figures of a step on the GPU, and the change of the weights."""
+    policy = (policy or make("gpt2")).cuda()
+    scaler = torch.amp.GradScaler("cuda", scale, enabled=dtype == torch.float16)
     before = weights(policy)
-    prompt, attention = (x.cuda() for x in prompts())
-    row = remax.remax_step(
-        policy, make().cuda().to(dtype), torch.optim.SGD(policy.parameters(), 1e-2), scaler,
-        lambda ys: ys.float().mean(1), prompt, attention, eos_id=EOS, pad_id=PAD, max_new_tokens=7, greedy=True,
-        kl_coef=0.1, micro_batch_size=2, max_grad_norm=1e9, dtype=dtype, home=torch.device("cuda"))
-    return row, weights(policy) - before
+    reference = make("gpt2").cuda().to(dtype)
+    figures = step(policy, reference, lr=1e-2, device="cuda", scaler=scaler, dtype=dtype)
+    return figures, weights(policy) - before
 
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_step_in_every_precision(dtype):
-    row, change = gpu_step(dtype)
-    assert change.abs().max() > 0 and row["skipped"] == 0 and abs(row["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
+    figures, change = gpu_step(dtype)
+    assert change.abs().max() > 0
+    assert figures["skipped"] == 0
+    assert abs(figures["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
 
 
 @cuda
 def test_cuda_fp16_overflow_skips_the_step_and_counts_it():
-    row, change = gpu_step(torch.float16, scale=2.0 ** 60)
-    assert change.abs().max() == 0 and row["skipped"] == 1
+    figures, change = gpu_step(torch.float16, scale=2.0**60)
+    assert change.abs().max() == 0
+    assert figures["skipped"] == 1
 
 
 @cuda
 def test_cuda_gradient_checkpointing_changes_no_update():
-    assert error(gpu_step(torch.float32)[1], gpu_step(torch.float32, checkpointing=True)[1]) < 1e-3
+    _, plain = gpu_step(torch.float32)
+    _, recomputed = gpu_step(torch.float32, checkpointing(make("gpt2")))
+    assert error(plain, recomputed) < 1e-3
 
 
 @cuda
 def test_cuda_peak_memory_stays_in_its_budget_and_offload_lowers_it(tmp_path):
     peaks = []
-    for flags in ["--no-offload"], ["--offload"]:
-        torch.cuda.reset_peak_memory_stats()
-        remax.main(["--steps", "2", "--device", "cuda", "--output-dir", str(tmp_path / flags[0]), *flags])
-        peaks.append(metrics(tmp_path / flags[0])[-2]["peak_memory_gb"])
+    for flag in "--no-offload", "--offload":
+        folder = tmp_path / flag
+        remax.main(["--steps", "2", "--device", "cuda", "--output-dir", str(folder), flag])
+        peaks.append(read_metrics(folder)[-2]["peak_memory_gb"])
     assert peaks[1] < peaks[0] < 0.3  # 0.9M parameters at 16 bytes, and rollouts of 64 rows
 
 
-# ------------------------------------------ prompts, rewards ------------------------------------------
+# =================================================================================================
+# Prompts and rewards
+# =================================================================================================
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
+    return remax.load_tokenizer(tiny_args())
+
+
+def load(path, tokenizer, *flags):
+    """The training and the held-out rows of a file."""
+    return remax.load_prompts(tiny_args("--prompts", path, "--batch-size", 1, *flags), tokenizer)
+
+
+def score(reward, tokenizer, rows, responses, *flags):
+    return remax.score_responses(tiny_args(*flags), reward, tokenizer, rows, responses)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "policy", chat_template=TEMPLATE)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load(path, tokenizer, column="prompt", longest=64):
-    return remax.load_prompts(remax.Config(prompts=str(path), prompt_column=column, max_prompt_tokens=longest, batch_size=1), tokenizer)
-
-
-def tiny_reward(path=DATA / "tiny-reward"):
-    return remax.load_reward(str(path), torch.float32, torch.device("cpu"), lambda: torch.device("cpu"))
-
-
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "txt"])
 def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
-    import datasets
-    data = datasets.Dataset.from_dict({"prompt": [f"{i} film plots were told to us" for i in range(20)], "answer": list(range(20))})
-    path = str(tmp_path / f"prompts.{suffix}")
+    texts = [f"{i} film plots were told to us" for i in range(20)]
+    data = datasets.Dataset.from_dict({"prompt": texts, "answer": list(range(20))})
+    path = tmp_path / f"prompts.{suffix}"
     if suffix == "txt":
-        Path(path).write_text("\n".join(data["prompt"]))
+        path.write_text("\n".join(texts))
     else:
-        {"jsonl": data.to_json, "json": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[suffix](path)
-    rows, held_out = load(path, tokenizer, longest=5)
-    assert len(rows) == 16 and len(held_out) == 4 and all(len(row["ids"]) == 5 for row in rows)
+        write = {"csv": data.to_csv, "parquet": data.to_parquet}.get(suffix, data.to_json)
+        write(str(path))
+    rows, held_out = load(path, tokenizer, "--max-prompt-tokens", 5)
+    assert (len(rows), len(held_out)) == (16, 4)
     for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
-        assert row["columns"]["prompt"] == tokenizer.decode(row["ids"])
-        assert suffix == "txt" or row["text"].split()[0] == str(row["columns"]["answer"])
+        assert len(row["prompt_ids"]) == 5
+        assert row["columns"]["prompt"] == tokenizer.decode(row["prompt_ids"])
+        if suffix != "txt":
+            assert row["prompt_text"].split()[0] == str(row["columns"]["answer"])
 
 
 def test_prompts_of_any_alphabet_with_a_byte_order_mark_and_blank_lines(tokenizer, tmp_path):
     lines = [json.dumps({"prompt": f"Фильм {i} был 映画"}, ensure_ascii=False) for i in range(10)]
-    (tmp_path / "p.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
-    rows, held_out = load(tmp_path / "p.jsonl", tokenizer)
-    assert len(rows) + len(held_out) == 10 and all("Фильм" in row["text"] for row in rows)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    rows, held_out = load(path, tokenizer)
+    assert len(rows) + len(held_out) == 10
+    assert all("Фильм" in row["prompt_text"] for row in rows)
 
 
-def test_chat_prompts_go_through_the_template_once(tokenizer, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy", chat_template=TEMPLATE)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # like Llama's, it puts BOS before a text
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    lines = [{"chat": [{"role": "user", "content": "The plot" * (1 + 40 * (i == 3))}], "n": i} for i in range(10)]
-    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    rows, held_out = load(tmp_path / "chat.jsonl", tokenizer, "chat", 60)
-    assert len(rows) + len(held_out) == 9  # the long one is dropped, not cut
+def test_chat_prompts_go_through_the_template_once(tmp_path):
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )  # like Llama's, it puts BOS before a text
+    contents = ["The plot" * (41 if i == 3 else 1) for i in range(10)]
+    lines = [{"chat": [{"role": "user", "content": text}]} for text in contents]
+    path = write_jsonl(tmp_path / "chat.jsonl", lines)
+    rows, held_out = load(path, tokenizer, "--prompt-column", "chat", "--max-prompt-tokens", 60)
+    assert len(rows) + len(held_out) == 9  # the long one is left out, not cut
     for row in rows:
-        assert row["ids"].count(tokenizer.bos_token_id) == 1
-        assert tokenizer.decode(row["ids"]).endswith("The plot\n[assistant]")
+        text = tokenizer.decode(row["prompt_ids"])
+        assert text == "<|endoftext|>[user] The plot<|endoftext|>\n[assistant]"
+
+
+def test_the_reward_of_a_chat_gets_messages(tmp_path):
+    tokenizer = chat_tokenizer()
+    chats = [[{"role": "user", "content": f"The plot {i}"}] for i in range(10)]
+    path = write_jsonl(
+        tmp_path / "chat.jsonl", [{"prompt": chat, "n": n} for n, chat in enumerate(chats)]
+    )
+    rows, _ = load(path, tokenizer)
     seen = {}
 
     def reward(prompts, completions, n, **kwargs):
         seen.update(prompts=prompts, completions=completions, n=n)
         return [0.0] * len(n)
-    remax.score_responses(reward, tokenizer, 0.0, rows[:2], torch.full((4, 3), 5))
-    assert seen["prompts"][0] == lines[seen["n"][0]]["chat"] and seen["n"][:2] == seen["n"][2:]
+
+    score(reward, tokenizer, rows[:2], torch.full((4, 3), 5))
+    assert seen["prompts"][0] == chats[seen["n"][0]]
+    assert seen["n"][:2] == seen["n"][2:]
     assert seen["completions"][0][0]["role"] == "assistant"
 
 
 def test_reward_columns_stay_aligned_with_rows(tokenizer, tmp_path):
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"The plot {i}", "answer": i}) for i in range(20)))
-    rows, _ = load(tmp_path / "p.jsonl", tokenizer)
+    lines = [{"prompt": f"The plot {i}", "answer": i} for i in range(20)]
+    rows, _ = load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer)
 
     def reward(prompts, completions, answer, **kwargs):
-        assert all(p == f"The plot {a}" for p, a in zip(prompts, answer)) and len(completions) == 8
-        return [float(a) for a in answer]
+        assert prompts == [f"The plot {a}" for a in answer]
+        assert completions == [" was brilliant."] * 8
+        return answer
+
     ids = torch.tensor(tokenizer([" was brilliant."])["input_ids"]).repeat(8, 1)
-    rewards, texts = remax.score_responses(reward, tokenizer, 0.0, rows[:4], ids)
+    rewards = score(reward, tokenizer, rows[:4], ids)
     assert rewards.tolist() == [row["columns"]["answer"] for row in rows[:4]] * 2
-    assert texts == [" was brilliant."] * 8
 
 
 def test_reward_model_ignores_padding_and_reads_the_last_label():
-    reward = tiny_reward()
-    prompts, answers = ["The plot", "The music of this western"], [" was superb.", " put me to sleep. I hated it, and I left the cinema angry."]
-    together = reward(prompts=prompts, completions=answers)
-    alone = [reward(prompts=[p], completions=[a]).item() for p, a in zip(prompts, answers)]
-    assert together.tolist() == pytest.approx(alone, abs=1e-6) and alone[0] > 0.9 > 0.1 > alone[1]
+    reward = remax.RewardModel(str(TINY / "reward"), torch.float32)
+    prompts = ["The plot", "The music of this western"]
+    completions = [" was superb.", " put me to sleep. I hated it, and I left the cinema angry."]
+    together = reward(prompts, completions)
+    alone = [reward([p], [c]).item() for p, c in zip(prompts, completions, strict=True)]
+    assert together.tolist() == pytest.approx(alone, abs=1e-6)
+    assert alone[0] > 0.9 > 0.1 > alone[1]
 
 
 @pytest.mark.parametrize("labels", [1, 3])
 def test_reward_of_a_gpt2_classifier(tmp_path, labels):
-    """No pad token, so pad is EOS; one label is its logit, several the probability of the last."""
+    """No pad token, so pad is EOS; one label is its logit, several the last one's probability."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=700, n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=labels)
+    config = transformers.GPT2Config(
+        vocab_size=700, n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=labels
+    )
     model = transformers.GPT2ForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
     tokenizer.save_pretrained(tmp_path)
-    reward = tiny_reward(tmp_path)
+    reward = remax.RewardModel(str(tmp_path), torch.float32)
     texts = ["The plot was superb.", "It was dreadful and the cast put me to sleep."]
-    got = reward(prompts=["", ""], completions=texts)
-    for text, value in zip(texts, got):
+    for text, value in zip(texts, reward(["", ""], texts), strict=True):
         logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
-        assert value.item() == pytest.approx((logits[0] if labels == 1 else logits.softmax(0)[-1]).item(), abs=1e-5)
+        expected = logits[0] if labels == 1 else logits.softmax(0)[-1]
+        assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [1.0, float("inf")], ["good", "bad"], None, [[1.0], [2.0]]])
-def test_unusable_rewards_stop_the_run_before_the_update(tokenizer, answer):
-    rows = [{"ids": [5], "text": "a", "columns": {"prompt": "a"}}] * 2
-    with pytest.raises((AssertionError, ValueError, TypeError, RuntimeError)):
-        remax.score_responses(lambda **kwargs: answer, tokenizer, 0.0, rows, torch.full((2, 3), 5))
+ROWS = [{"prompt_ids": [5], "prompt_text": "a", "columns": {"prompt": "a"}}] * 2
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [[1.0], [1.0, float("nan")], [1.0, float("inf")], ["good", "bad"], None, [[1.0], [2.0]]],
+)
+def test_unusable_rewards_stop_the_run_before_the_update(tokenizer, rewards):
+    with pytest.raises(SystemExit, match="look at --reward"):
+        score(lambda **kwargs: rewards, tokenizer, ROWS, torch.full((2, 3), 5))
 
 
 def test_missing_eos_penalty_is_taken_off_sampled_and_greedy_rows_alike(tokenizer):
-    rows, eos = [{"ids": [5], "text": "a", "columns": {"prompt": "a"}}] * 2, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     responses = torch.tensor([[7, 8, 9], [7, eos, 0], [7, 8, 9], [eos, 0, 0]])
-    rewards, _ = remax.score_responses(lambda prompts, **kwargs: [1.0] * len(prompts), tokenizer, 0.25, rows, responses)
+
+    def one(prompts, **kwargs):
+        return [1.0] * len(prompts)
+
+    rewards = score(one, tokenizer, ROWS, responses, "--missing-eos-penalty", 0.25)
     assert rewards.tolist() == [0.75, 1.0, 0.75, 1.0]
 
 
-# --------------------------------------------- whole runs ---------------------------------------------
+# =================================================================================================
+# Whole runs
+# =================================================================================================
 
-COLUMNS = {"step", "reward", "greedy_reward", "advantage", "zero_advantage", "kl", "entropy", "tokens", "eos",
-           "grad_norm", "loss", "lr", "rollout_seconds", "score_seconds", "update_seconds", "peak_memory_gb"}
+STEP_COLUMNS = [
+    *("step", "reward", "greedy_reward", "advantage", "zero_advantage", "kl", "entropy"),
+    *("tokens", "eos", "sampling_logp_difference", "loss", "lr", "grad_norm", "skipped"),
+    *("rollout_seconds", "score_seconds", "update_seconds", "peak_memory_gb"),
+]
+EVALUATION_COLUMNS = ["step", "eval_reward", "eval_greedy_reward", "eval_kl"]
 
 
 @pytest.fixture(scope="module")
@@ -611,264 +1207,446 @@ def tiny_run(tmp_path_factory):
 
 
 def test_tiny_world_learns(tiny_run):
-    rows = metrics(tiny_run)
-    evals, train = [r for r in rows if "eval_reward" in r], [r for r in rows if "reward" in r]
-    assert [r["step"] for r in evals] == [0, 12, 24] and [r["step"] for r in train] == list(range(1, 25))
-    assert 0.35 < evals[0]["eval_reward"] < 0.65 and evals[-1]["eval_reward"] > 0.85
-    assert evals[0]["eval_kl"] == 0 and 0.1 < evals[-1]["eval_kl"] < 5
-    assert all(set(r) >= COLUMNS for r in train) and train[0]["kl"] == 0 and train[-1]["kl"] > 0.1
-    assert all(0 < r["tokens"] <= 40 and 0 <= r["eos"] <= 1 and r["entropy"] > 0 for r in train)
+    rows = read_metrics(tiny_run)
+    evaluations = [row for row in rows if "eval_reward" in row]
+    assert [row["step"] for row in evaluations] == [0, 12, 24]
+    assert 0.35 < evaluations[0]["eval_reward"] < 0.65
+    assert evaluations[-1]["eval_reward"] > 0.85
+    assert evaluations[0]["eval_kl"] == 0
+    assert 0.1 < evaluations[-1]["eval_kl"] < 5
+
+
+def test_metrics_have_their_columns_and_sane_values(tiny_run):
+    rows = read_metrics(tiny_run)
+    steps = [row for row in rows if "reward" in row]
+    assert [row["step"] for row in steps] == list(range(1, 25))
+    assert steps[0]["kl"] == 0
+    assert steps[-1]["kl"] > 0.1
+    for row in rows:
+        assert sorted(row) == sorted(STEP_COLUMNS if "reward" in row else EVALUATION_COLUMNS)
+    for row in steps:
+        assert 0 < row["tokens"] <= 40
+        assert 0 <= row["eos"] <= 1
+        assert row["entropy"] > 0
+        assert row["sampling_logp_difference"] < 1e-4
 
 
 def test_saved_model_is_the_checkpoint_but_for_its_weights(tiny_run):
-    original, saved = DATA / "tiny-policy", tiny_run / "model"
+    original, saved = TINY / "policy", tiny_run / "model"
     for name in "config.json", "generation_config.json":
-        a, b = (json.loads((folder / name).read_text()) for folder in (original, saved))
-        assert a | {"transformers_version": ""} == b | {"transformers_version": ""}, name
+        before, after = (json.loads((folder / name).read_text()) for folder in (original, saved))
+        assert before | {"transformers_version": ""} == after | {"transformers_version": ""}, name
     assert json.loads((saved / "config.json").read_text())["resid_pdrop"] == 0.1
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (original, saved))
     assert not torch.equal(weights(before), weights(after))
-    text = "The plot was"
-    assert AutoTokenizer.from_pretrained(saved)(text) == AutoTokenizer.from_pretrained(original)(text)
-    assert AutoTokenizer.from_pretrained(saved).pad_token is None
-    assert json.loads((tiny_run / "args.json").read_text())["steps"] == 24
 
 
-def test_the_same_seed_gives_the_same_metrics(tiny_run, tmp_path):
-    """To the bit, on a CPU; nor do evaluations touch the noise of training."""
-    remax.main(["--output-dir", str(tmp_path), "--steps", "3", "--eval-every", "1", "--lr", "1e-30"])
-    remax.main(["--output-dir", str(tmp_path / "b"), "--steps", "3", "--eval-every", "3", "--lr", "1e-30"])
-    a, b = ([{k: v for k, v in r.items() if "seconds" not in k and k != "peak_memory_gb"} for r in metrics(folder)
-             if "reward" in r] for folder in (tmp_path, tmp_path / "b"))
-    assert a == b and a[0]["reward"] == metrics(tiny_run)[1]["reward"]
+def test_saved_tokenizer_is_the_one_found(tiny_run):
+    original = AutoTokenizer.from_pretrained(TINY / "policy")
+    saved = AutoTokenizer.from_pretrained(tiny_run / "model")
+    assert saved("The plot was") == original("The plot was")
+    assert saved.pad_token is None
 
 
-def hub(cache, name, folder):
-    """Put a checkpoint into a local hub cache, where from_pretrained(name) finds it offline."""
-    repo = cache / ("models--" + name.replace("/", "--"))
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    (repo / "snapshots").mkdir()
-    (repo / "snapshots" / ("0" * 40)).symlink_to(folder, target_is_directory=True)
+def test_the_same_seed_gives_the_same_metrics_and_evaluations_do_not_touch_the_noise(
+    tiny_run, tmp_path
+):
+    for folder, every in (tmp_path / "a", "1"), (tmp_path / "b", "3"):
+        flags = ["--steps", "3", "--lr", "1e-30", "--eval-every", every]
+        remax.main([*flags, "--output-dir", str(folder)])
+    a, b = (
+        [row for row in without_seconds(read_metrics(tmp_path / name)) if "reward" in row]
+        for name in "ab"
+    )
+    assert a == b
+    assert a[0]["reward"] == read_metrics(tiny_run)[1]["reward"]
+
+
+def put_into_hub_cache(cache, name, folder):
+    """Put a checkpoint where from_pretrained(name) finds it without a network."""
+    repository = cache / ("models--" + name.replace("/", "--"))
+    revision = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(revision)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / revision).symlink_to(folder, target_is_directory=True)
 
 
 def test_gpt2_large_by_name_from_a_local_hub_cache(tmp_path):
-    """The command the project exists for; a small stand-in answers to the name, the defaults are its own."""
-    hub(tmp_path / "hub", "gpt2-large", DATA / "tiny-policy")
-    hub(tmp_path / "hub", "lvwerra/distilbert-imdb", DATA / "tiny-reward")
-    done = run("--model", "gpt2-large", "--steps", "2", "--output-dir", tmp_path / "out", HF_HUB_CACHE=str(tmp_path / "hub"))
+    """The command the project exists for; a small stand-in answers to the name."""
+    put_into_hub_cache(tmp_path / "hub", "gpt2-large", TINY / "policy")
+    put_into_hub_cache(tmp_path / "hub", "lvwerra/distilbert-imdb", TINY / "reward")
+    flags = ["--model", "gpt2-large", "--steps", "2", "--output-dir", tmp_path / "out"]
+    done = run(*flags, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert done.returncode == 0, done.stderr
-    args = json.loads((tmp_path / "out" / "args.json").read_text())
-    assert args["reward"] == "lvwerra/distilbert-imdb" and args["max_new_tokens"] == 48 and args["lr"] == 1e-6
-    assert "eval_reward" in done.stdout and "rollout_seconds" in done.stdout
-    assert [r["step"] for r in metrics(tmp_path / "out")] == [0, 1, 2, 2]
+    args = json.loads((tmp_path / "out/args.json").read_text())
+    assert args["reward"] == "lvwerra/distilbert-imdb"
+    assert args["max_new_tokens"] == 48
+    assert args["lr"] == 1e-6
+    assert [row["step"] for row in read_metrics(tmp_path / "out")] == [0, 1, 2, 2]
 
 
 def test_reward_function_from_a_file_without_kl(tmp_path):
-    (tmp_path / "short.py").write_text("def short(prompts, completions, **kwargs):\n    return [-len(c) / 100 for c in completions]\n")
-    remax.main(["--reward", f"{tmp_path}/short.py:short", "--kl-coef", "0", "--baseline", "none", "--steps", "2",
-                "--output-dir", str(tmp_path / "out")])
-    rows = metrics(tmp_path / "out")
-    assert rows[1]["kl"] is None and rows[1]["greedy_reward"] is None and rows[1]["reward"] < 0
-    assert rows[0]["eval_kl"] is None and rows[0]["eval_greedy_reward"] < 0
+    path = tmp_path / "short.py"
+    path.write_text("def short(completions, **kwargs):\n    return [-len(c) for c in completions]")
+    flags = ["--reward", f"{path}:short", "--kl-coef", "0", "--baseline", "none", "--steps", "2"]
+    remax.main([*flags, "--output-dir", str(tmp_path / "out")])
+    rows = read_metrics(tmp_path / "out")
+    assert rows[1]["kl"] is None
+    assert rows[1]["greedy_reward"] is None
+    assert rows[1]["reward"] < 0
+    assert rows[0]["eval_kl"] is None
+    assert rows[0]["eval_greedy_reward"] < 0
 
 
-def test_help_names_every_flag_and_the_tiny_defaults():
-    done = run("--help", COLUMNS="100")
-    assert done.returncode == 0 and "tiny-reward" in done.stdout
-    assert all(f"\n{heading}:\n" in done.stdout for heading in remax.GROUPS.values())
-    assert max(map(len, done.stdout.replace(str(ROOT), "").splitlines())) <= 100
-    for field in remax.Config.__dataclass_fields__:
-        assert "--" + field.replace("_", "-") in done.stdout
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_names_every_flag_its_default_and_the_tiny_world(columns):
+    done = run("--help", COLUMNS=str(columns))
+    assert done.returncode == 0
+    for heading in "task:", "algorithm:", "memory:", "run:":
+        assert f"\n{heading}\n" in done.stdout
+    for name in vars(tiny_args()):
+        assert "--" + name.replace("_", "-") in done.stdout
+    assert "lr 0.0006" in done.stdout
+    assert "(default: 1e-06)" in done.stdout
 
 
-# ------------------------------------------ resuming ------------------------------------------
+def test_the_console_of_a_run_redirected_to_a_file(tmp_path):
+    done = run("--steps", 2, "--eval-every", 2, "--output-dir", tmp_path / "out")
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0] == "640 prompts: 512 to train on, 128 held out"
+    for part in "policy", "(0.9M parameters)", "reward", "EOS '<|endoftext|>'", "output":
+        assert part in lines[1]
+    assert re.fullmatch(r"step 0: held-out reward 0\.\d{3}, greedy 0\.\d{3}, KL 0", lines[2])
+    samples = lines[3:12]
+    assert [line.split()[0] for line in samples] == [">", "sampled", "greedy"] * 3
+    assert re.fullmatch(r"step 1: reward 0\.\d{3}, greedy 0\.\d{3}, KL 0", lines[12])
+    assert lines[-1] == f"the trained model is in {tmp_path}/out/model"
+    assert "eval_reward " in done.stdout
+    assert "rollout_seconds " in done.stdout
+    assert "\r" not in done.stdout
+
+
+def test_a_model_whose_cache_is_wrong_stops_at_the_first_step(tmp_path, monkeypatch, capsys):
+    rollout = remax.rollout
+
+    def tempered(policy, *args, **kwargs):
+        policy.lm_head.weight.data *= 0.9
+        result = rollout(policy, *args, **kwargs)
+        policy.lm_head.weight.data /= 0.9
+        return result
+
+    monkeypatch.setattr(remax, "rollout", tempered)
+    code, said = answer(capsys, "--output-dir", tmp_path)
+    assert code == 1
+    assert "sampling_logp_difference" in said[-2]
+    assert "--model" in said[-1]
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# =================================================================================================
+# Resuming
+# =================================================================================================
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Flags of a run of little work a step: short answers to few prompts."""
+    """Flags of a run of little work a step: short responses to few prompts."""
     path = tmp_path_factory.mktemp("small") / "prompts.jsonl"
-    lines = (DATA / "prompts.jsonl").read_text().splitlines()[:30]
+    lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
     path.write_text("\n".join(lines))
-    return ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12, "--eval-every", 4, "--save-every", 2]
+    flags = ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12]
+    return [*flags, "--eval-every", 4, "--save-every", 2]
 
 
-def same(a, b):
-    """Two runs' metrics but for seconds, and their weights, are equal to the bit."""
-    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(folder)] for folder in (a, b)]
-    assert rows[0] == rows[1]
-    assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
-
-
-def go(small, folder, *args):
-    remax.main([*map(str, small), "--output-dir", str(folder), *map(str, args)])
+def go(flags, folder, *more):
+    remax.main([*map(str, flags), "--output-dir", str(folder), *map(str, more)])
 
 
 KILLER = """
-import os, random, signal, sys, time, datasets
-from transformers import DistilBertForSequenceClassification, GPT2LMHeadModel
+import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import remax
-log, args, chance = sys.argv[2] + "/metrics.jsonl", sys.argv[3:] + ["--output-dir", sys.argv[2]], random.Random(0)
-size = lambda: os.path.getsize(log) if os.path.exists(log) else 0
+folder, args, chance = sys.argv[2], sys.argv[3:] + ["--output-dir", sys.argv[2]], random.Random(0)
+metrics, checkpoint = folder + "/metrics.jsonl", folder + "/checkpoint.pt"
+
+def size():
+    return os.path.getsize(metrics) if os.path.exists(metrics) else 0
+
 for life in range(13):
-    start, pid = size(), os.fork()  # a fork spares the imports
+    start = size()
+    resume = ["--resume"] if os.path.exists(checkpoint) else []
+    pid = os.fork()  # a fork spares the imports
     if pid == 0:
-        remax.main(args + ["--resume"] * (start > 0))
+        remax.main(args + resume)
         os._exit(0)
-    goal = -1 if life % 4 == 3 else start + chance.randrange(900)  # while it loads, or some rows further on
-    while life < 12 and size() <= goal and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    # It dies while it loads, or some rows further on, but not before there is a checkpoint.
+    goal = -1 if resume and life % 4 == 3 else start + chance.randrange(900)
+    while life < 12 and (size() <= goal or not os.path.exists(checkpoint)):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
         time.sleep(0.002)
     if life < 12:
         time.sleep(chance.random() * 0.1)
         os.kill(pid, signal.SIGKILL)
-    print(os.waitpid(pid, 0)[1])
+    print("ended with", os.waitpid(pid, 0)[1])
 """
 
 
 def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tmp_path):
-    """kill -9 at random moments, loading and saving included; no row lost, doubled or half-written."""
+    """kill -9 at random moments, loading and saving included; no row is lost or doubled."""
     go(small, tmp_path / "whole", "--steps", 80)
-    done = subprocess.run([sys.executable, "-c", KILLER, Path(remax.__file__).parent, tmp_path / "killed", *map(str, small), "--steps", "80"],
-                          capture_output=True, text=True, timeout=280)
-    ends = [word for word in done.stdout.split("\n") if word.isdigit()]
+    folders = [ROOT if remax.__file__.startswith(str(ROOT)) else Path(remax.__file__).parent]
+    command = [sys.executable, "-c", KILLER, *folders, tmp_path / "killed", *small]
+    done = subprocess.run(
+        [*map(str, command), "--steps", "80"], capture_output=True, text=True, timeout=280
+    )
+    ends = re.findall(r"ended with (\d+)", done.stdout)
     assert ends == ["9"] * 12 + ["0"], done.stderr[-2000:]  # signal 9, and at last a clean exit
-    same(tmp_path / "whole", tmp_path / "killed")
-    assert len(list((tmp_path / "killed/checkpoint").glob("step-*"))) == 1
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def start(flags, folder, steps=80):
+    """A run in a process of its own, some steps under way."""
+    command = [sys.executable, remax.__file__, *map(str, flags), "--steps", str(steps)]
+    process = subprocess.Popen(
+        [*command, "--output-dir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
+        time.sleep(0.01)
+    return process
 
 
 @pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_save_say_how_to_resume_and_lose_nothing(small, tmp_path, kind, code):
-    flags = [*map(str, small), "--steps", "80", "--save-every", "1000", "--output-dir", str(tmp_path / "cut")]
-    process = subprocess.Popen([sys.executable, remax.__file__, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "cut/metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size > 1000):
-        time.sleep(0.01)
+def test_a_stop_signal_saves_and_says_how_to_resume_and_loses_nothing(small, tmp_path, kind, code):
+    process = start([*small, "--save-every", 1000], tmp_path / "cut")
     process.send_signal(kind)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err and "--resume" in out.splitlines()[-1], err
-    before = log.read_text()
-    assert len(before) > 1000 and "Traceback" not in out
-    remax.main([*flags, "--resume"])
-    assert log.read_text().startswith(before)  # it went on, it did not start again
-    assert [r["step"] for r in metrics(tmp_path / "cut") if "reward" in r] == list(range(1, 81))
-    state = torch.load(tmp_path / "cut/checkpoint/state.pt", weights_only=True)
-    assert state["step"] == 80 and (tmp_path / "cut/checkpoint/step-80/model.safetensors").exists()
+    assert process.returncode == code, err
+    assert err.strip() == "stopping after this step; press again to stop now, unsaved"
+    assert "--resume" in out.splitlines()[-1]
+    before = (tmp_path / "cut/metrics.jsonl").read_text()
+    go([*small, "--save-every", 1000], tmp_path / "cut", "--steps", 80, "--resume")
+    after = (tmp_path / "cut/metrics.jsonl").read_text()
+    assert after.startswith(before)  # it went on, it did not start again
+    steps = [row["step"] for row in read_metrics(tmp_path / "cut") if "reward" in row]
+    assert steps == list(range(1, 81))
 
 
-def test_resumed_equals_whole_and_larger_steps_extend_a_run(small, tmp_path):
-    go(small, tmp_path / "a", "--steps", 4)
-    before = metrics(tmp_path / "a")
-    (tmp_path / "a").rename(tmp_path / "moved")
-    go(small, tmp_path / "moved", "--steps", 7, "--resume")
-    rows = metrics(tmp_path / "moved")
-    assert rows[:len(before)] == before and [r["step"] for r in rows] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 7]
-    assert rows[-2]["lr"] == pytest.approx(6e-4 * 0.5 * (1 + torch.tensor(6 / 7 * torch.pi).cos().item()))
-    go(small, tmp_path / "moved", "--steps", 7, "--resume")  # nothing left to do: no harm either
-    assert metrics(tmp_path / "moved") == rows
+def test_larger_steps_extend_a_run(small, tmp_path):
+    go(small, tmp_path, "--steps", 4)
+    before = read_metrics(tmp_path)
+    go(small, tmp_path, "--steps", 7, "--resume")
+    rows = read_metrics(tmp_path)
+    assert rows[: len(before)] == before
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 7]
+    cosine = 0.5 * (1 + torch.tensor(6 / 7 * torch.pi).cos().item())
+    assert rows[-2]["lr"] == pytest.approx(6e-4 * cosine)
+    go(small, tmp_path, "--steps", 7, "--resume")  # nothing left to do: no harm either
+    assert read_metrics(tmp_path) == rows
 
 
 def test_rows_past_the_checkpoint_are_cut_off(small, tmp_path):
     go(small, tmp_path / "whole", "--steps", 4)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/model")
-    with open(tmp_path / "cut/metrics.jsonl", "a") as log:
-        log.write('{"step": 5, "reward": 1.0}\n{"step": 6, "rew')
+    with open(tmp_path / "cut/metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 5, "reward": 1.0}\n{"step": 6, "rew')
     go(small, tmp_path / "cut", "--steps", 4, "--resume")
-    same(tmp_path / "whole", tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_resume_refuses_other_mathematics_and_a_new_run_a_used_folder(small, tmp_path, capsys):
-    go(small, tmp_path, "--steps", 2)
-    log = (tmp_path / "metrics.jsonl").read_bytes()
-    flags = [*small, "--output-dir", tmp_path]
-    for extra, word in ((["--steps", 2], "--resume"), (["--steps", 2, "--resume", "--lr", "1e-5"], "--lr 1e-05"), (["--steps", 1, "--resume"], "--steps 1"),
-                        (["--steps", 2, "--resume", "--baseline", "none"], "--baseline none"), (["--steps", 2, "--resume", "--seed", 1], "--seed 1")):
-        code, said = answer(capsys, *flags, *extra)
-        assert code == 1 and word in " ".join(said) and len(said) <= 3
-        assert (tmp_path / "metrics.jsonl").read_bytes() == log
-    go(small, tmp_path, "--steps", 2, "--resume", "--micro-batch-size", 4, "--offload")  # these change no mathematics
-    (tmp_path / "metrics.jsonl").unlink()  # a checkpoint alone is a run, too
-    assert answer(capsys, *flags, "--steps", 2)[0] == 1
-    go(small, tmp_path, "--steps", 4, "--resume")
-    assert [row["step"] for row in metrics(tmp_path)] == [3, 4, 4]
+def test_checkpoints_are_written_when_asked_for(small, tmp_path, monkeypatch):
+    written = []
+
+    def save_checkpoint(path, checkpoint):
+        written.append(checkpoint["step"])
+
+    monkeypatch.setattr(remax, "save_checkpoint", save_checkpoint)
+    go(small, tmp_path, "--steps", 7, "--save-every", 3)
+    assert written == [3, 6, 7]  # and none of untouched weights at step 0
 
 
-def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(small, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def two_steps(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    go(small, folder, "--steps", 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--steps 2", "holds a run: --resume continues it, another --output-dir starts a new"),
+        ("--steps 2 --resume --lr 1e-5", "--lr 1e-05: the run to resume has 0.0006"),
+        ("--steps 1 --resume", "--steps 1: the run to resume has 2"),
+        ("--steps 2 --resume --baseline none", "--baseline none: the run to resume has greedy"),
+        ("--steps 2 --resume --seed 1", "--seed 1: the run to resume has 0"),
+    ],
+)
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(
+    small, two_steps, flags, words, capsys
+):
+    before = (two_steps / "metrics.jsonl").read_bytes()
+    code, said = answer(capsys, *small, "--output-dir", two_steps, *flags.split())
+    assert code == 1
+    assert words in " ".join(said)
+    assert len(said) <= 3
+    assert (two_steps / "metrics.jsonl").read_bytes() == before
+
+
+def test_flags_that_change_no_mathematics_may_change(small, two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "copy")
+    flags = ["--resume", "--micro-batch-size", 4, "--offload", "--save-every", 9]
+    go(small, tmp_path / "copy", "--steps", 3, *flags)
+    assert read_metrics(tmp_path / "copy")[-1]["step"] == 3
+
+
+def test_a_checkpoint_without_its_metrics_is_a_run_too(small, two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path / "copy")
+    (tmp_path / "copy/metrics.jsonl").unlink()
+    assert answer(capsys, *small, "--output-dir", tmp_path / "copy", "--steps", 2)[0] == 1
+    go(small, tmp_path / "copy", "--steps", 4, "--resume")
+    assert [row["step"] for row in read_metrics(tmp_path / "copy")] == [3, 4, 4]
+
+
+def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(
+    small, tmp_path, capsys, monkeypatch
+):
     go(small, tmp_path / "whole", "--steps", 4)
     torch_save = torch.save
 
-    def full(state, path):
-        if state["step"] == 4:
-            Path(path).write_bytes(b"half")
+    def full(checkpoint, file):
+        if checkpoint["step"] == 4:
+            file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        torch_save(state, path)
+        torch_save(checkpoint, file)
+
     monkeypatch.setattr(torch, "save", full)
     code, said = answer(capsys, *small, "--output-dir", tmp_path / "full", "--steps", 4)
-    assert code == 1 and "No space left" in said[-2] and "what was saved stays" in said[-1] and "--output-dir" in said[-1]
+    assert code == 1
+    assert "No space left" in said[-2]
+    assert "--output-dir" in said[-1]
     monkeypatch.undo()
     go(small, tmp_path / "full", "--steps", 4, "--resume")
-    same(tmp_path / "whole", tmp_path / "full")
+    same_run(tmp_path / "whole", tmp_path / "full")
 
 
 def test_disk_full_at_the_last_moment(small, tmp_path, capsys, monkeypatch):
-    original = transformers.PreTrainedModel.save_pretrained
-
     def save_pretrained(self, folder, **kwargs):
-        if Path(folder).name == "model":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(self, folder, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save_pretrained)
     code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 1)
-    assert code == 1 and "No space left" in said[-2] and "what was saved stays" in said[-1]
+    assert code == 1
+    assert "No space left" in said[-2]
     monkeypatch.undo()
     go(small, tmp_path, "--steps", 1, "--resume")
     assert (tmp_path / "model/model.safetensors").exists()
 
 
-def test_a_strangers_checkpoint_runs_no_code(small, tmp_path, capsys):
-    go(small, tmp_path, "--steps", 2)
-
+def test_a_strangers_checkpoint_runs_no_code(small, two_steps, tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "owned",)
-    torch.save({"step": 2, "log_bytes": 0, "args": Evil()}, tmp_path / "checkpoint/state.pt")
-    code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 2, "--resume")
-    assert code == 1 and "--output-dir" in said[-1] and not (tmp_path / "owned").exists()
+
+    shutil.copytree(two_steps, tmp_path / "copy")
+    state = {"step": 2, "metrics_bytes": 0, "args": Evil()}
+    torch.save(state, tmp_path / "copy/checkpoint.pt")
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "copy", "--steps", 2, "--resume")
+    assert code == 1
+    assert "--output-dir" in said[-1]
+    assert not (tmp_path / "owned").exists()
 
 
-# ------------------------------------------ mistakes ------------------------------------------
+# =================================================================================================
+# Mistakes
+# =================================================================================================
 
-FILES = {  # name -> content
-    "broken.py": "def f(:", "ok.py": "x = 1", "raises.py": "def f(**k):\n    return 1 / 0", "few.py": "def f(**k):\n    return [1.0]",
-    "words.py": "def f(prompts, **k):\n    return ['good'] * len(prompts)", "nan.py": "def f(prompts, **k):\n    return [float('nan')] * len(prompts)",
-    "inf.py": "def f(prompts, **k):\n    return [float('inf')] * len(prompts)", "none.py": "def f(**k):\n    pass",
-    "memory.py": "import torch\ndef f(**k):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB.')",
-    "empty.jsonl": "", "blank.txt": "\n\n\n", "number.jsonl": '{"prompt": 1}\n' * 60, "null.jsonl": '{"prompt": null}\n{"prompt": "The plot"}\n' * 60,
-    "broken.jsonl": '{"prompt": "The plot"}\n{"prompt": "The cast"\n', "broken.json": '[{"prompt": "The plot"}, {"prom', "header.csv": "prompt\n",
-    "chat.jsonl": '{"prompt": [{"role": "user", "content": "Hello"}]}\n' * 60, "few.jsonl": '{"prompt": "The plot"}\n' * 20, "a file": "",
+CHAT = [{"role": "user", "content": "Hello"}]
+LONG_CHAT = [{"role": "user", "content": "The plot was " * 9}]
+FILES = {  # name: content
+    "broken.py": "def f(:",
+    "ok.py": "x = 1",
+    "few.py": "def f(**k):\n    return [1.0]",
+    "words.py": "def f(prompts, **k):\n    return ['good'] * len(prompts)",
+    "nan.py": "def f(prompts, **k):\n    return [float('nan')] * len(prompts)",
+    "inf.py": "def f(prompts, **k):\n    return [float('inf')] * len(prompts)",
+    "none.py": "def f(**k):\n    pass",
+    "memory.py": (
+        "import torch\ndef f(**k):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB.')"
+    ),
+    "empty.jsonl": "",
+    "blank.txt": "\n\n\n",
+    "number.jsonl": '{"prompt": 1}\n' * 60,
+    "null.jsonl": '{"prompt": null}\n{"prompt": "The plot"}\n' * 60,
+    "broken.jsonl": '{"prompt": "The plot"}\n{"prompt": "The cast"\n',
+    "broken.json": '[{"prompt": "The plot"}, {"prom',
+    "header.csv": "prompt\n",
+    "few.jsonl": '{"prompt": "The plot"}\n' * 20,
+    "chat.jsonl": (json.dumps({"prompt": CHAT}) + "\n") * 60,
+    "long.jsonl": (json.dumps({"prompt": LONG_CHAT}) + "\n") * 60,
+    "afile": "",
 }
 MISTAKES = [  # the flags, words that the answer must have
-    ("--model nosuch", "--model nosuch"), ("--model no/such", "--model no/such"), ("--model {data}/tiny-reward", "classifier --model"),
-    ("--reward nosuch", "--reward nosuch"), ("--reward {data}/tiny-policy", "--reward classifier"), ("--reward nosuch.py:f", "--reward nosuch.py"),
-    ("--reward broken.py:f", "SyntaxError broken.py line"), ("--reward ok.py:f", "--reward function f"), ("--reward raises.py:f", "ZeroDivisionError --reward"),
-    ("--reward few.py:f", "64 number --reward"), ("--reward words.py:f", "str --reward"), ("--reward nan.py:f", "nan finite --reward"),
-    ("--reward inf.py:f", "inf finite --reward"), ("--reward none.py:f", "None --reward"),
-    ("--reward memory.py:f", "memory --batch-size 32 --micro-batch-size 8 --offload None --optimizer adamw --gradient-checkpointing False"),
-    ("--prompts nosuch", "--prompts nosuch"), ("--prompts nosuch.jsonl", "--prompts nosuch.jsonl"), ("--prompts empty.jsonl", "--prompts empty.jsonl"),
-    ("--prompts blank.txt", "0 prompts"), ("--prompts number.jsonl", "--prompts str"), ("--prompts null.jsonl", "--prompts str"),
-    ("--prompts broken.jsonl", "line 2 broken.jsonl"), ("--prompts broken.json", "position broken.json"), ("--prompts header.csv", "--prompts header.csv"),
-    ("--prompts chat.jsonl", "template --prompts"), ("--prompts few.jsonl", "16 prompts --batch-size 32"), ("--prompt-column nosuch", "--prompt-column nosuch"),
+    ("--model nosuch", "--model nosuch"),
+    ("--model no/such", "--model no/such"),
+    ("--model {tiny}/reward", "classifier --model"),
+    ("--reward nosuch", "--reward nosuch"),
+    ("--reward {tiny}/policy", "--reward classifier"),
+    ("--reward nosuch.py:f", "--reward nosuch.py"),
+    ("--reward ok.py:f", "--reward function f"),
+    ("--reward few.py:f", "64 numbers --reward"),
+    ("--reward words.py:f", "numbers --reward"),
+    ("--reward nan.py:f", "nan finite --reward"),
+    ("--reward inf.py:f", "inf finite --reward"),
+    ("--reward none.py:f", "None --reward"),
+    (
+        "--reward memory.py:f",
+        "memory --batch-size 32 --micro-batch-size 8 --offload False --optimizer adamw "
+        "--gradient-checkpointing False",
+    ),
+    ("--prompts nosuch", "--prompts nosuch"),
+    ("--prompts nosuch.jsonl", "--prompts nosuch.jsonl"),
+    ("--prompts empty.jsonl", "--prompts empty.jsonl"),
+    ("--prompts blank.txt", "0 prompts"),
+    ("--prompts number.jsonl", "--prompts number.jsonl"),
+    ("--prompts null.jsonl", "--prompts null.jsonl"),
+    ("--prompts broken.jsonl", "row 1 broken.jsonl"),
+    ("--prompts broken.json", "--prompts broken.json"),
+    ("--prompts header.csv", "--prompts header.csv"),
+    ("--prompts chat.jsonl", "template --prompts"),
+    ("--prompts few.jsonl", "16 prompts --batch-size 32"),
+    ("--prompts afile", "--prompts afile .jsonl"),
+    ("--prompt-column nosuch", "--prompt-column nosuch"),
     ("--prompts long.jsonl --model {chat} --max-prompt-tokens 9", "0 prompts"),
-    ("--max-new-tokens 100", "128 positions --max-new-tokens 100 --max-prompt-tokens 64"), ("--device nonsense", "--device nonsense"),
-    ("--baseline critic", "--baseline greedy none"), ("--optimizer sgd", "--optimizer adamw adafactor"), ("--steps two", "--steps int"), ("--nonsense 1", "--nonsense"),
-    ("--micro-batch-size 5", "--micro-batch-size 5 divide --batch-size 32"), ("--output-dir {tmp}/afile", "--output-dir afile"),
-    ("--output-dir {tmp}/afile/x", "--output-dir afile/x"), ("--output-dir /dev/null/x", "--output-dir /dev/null/x"), ("--resume", "no run to resume --resume"),
-    *((f"--{flag} {value}", f"--{flag} 0") for flag in (
-        "steps batch-size lr max-grad-norm kl-coef micro-batch-size max-new-tokens max-prompt-tokens eval-every save-every missing-eos-penalty seed".split())
-      for value in (["-1", "0"] if flag not in ("kl-coef", "missing-eos-penalty", "seed") else ["-1"])),
-    *((f"--{flag} {value}", f"--{flag} {value} finite") for flag in ("lr", "kl-coef", "max-grad-norm", "missing-eos-penalty") for value in ("nan", "inf")),
-] + [("--device cuda", "--device cuda")] * (not torch.cuda.is_available())
+    ("--max-new-tokens 100", "128 positions --max-new-tokens 100 --max-prompt-tokens 64"),
+    ("--device nonsense", "--device nonsense"),
+    ("--baseline critic", "--baseline greedy none"),
+    ("--optimizer sgd", "--optimizer adamw adafactor"),
+    ("--steps two", "--steps int"),
+    ("--nonsense 1", "--nonsense"),
+    ("--output-dir {tmp}/afile", "--output-dir afile"),
+    ("--output-dir {tmp}/afile/x", "--output-dir afile/x"),
+    ("--output-dir /dev/null/x", "--output-dir /dev/null/x"),
+    ("--resume", "no checkpoint to resume --resume"),
+]
+COUNTS = ["steps", "batch-size", "micro-batch-size", "max-new-tokens", "max-prompt-tokens"]
+for name in [*COUNTS, "eval-every", "save-every"]:
+    MISTAKES += [(f"--{name} {value}", f"--{name} above 0") for value in ("-1", "0")]
+    MISTAKES += [(f"--{name} 1.5", f"--{name} int 1.5")]
+for name in "lr", "max-grad-norm":
+    MISTAKES += [(f"--{name} {v}", f"--{name} above 0") for v in ("-1", "0", "nan", "inf")]
+for name in "kl-coef", "missing-eos-penalty":
+    MISTAKES += [(f"--{name} {v}", f"--{name} below 0") for v in ("-1", "nan", "inf")]
+if not torch.cuda.is_available():
+    MISTAKES += [("--device cuda", "--device cuda")]
 
 
 @pytest.fixture(scope="module")
@@ -876,257 +1654,263 @@ def desk(tmp_path_factory):
     """A folder with every broken file, and a model with a chat template."""
     folder = tmp_path_factory.mktemp("mistakes")
     for name, text in FILES.items():
-        (folder / name.replace(" ", "")).write_text(text)
-    (folder / "long.jsonl").write_text((json.dumps({"prompt": [{"role": "user", "content": "The plot was " * 9}]}) + "\n") * 60)
-    shutil.copytree(DATA / "tiny-policy", folder / "chat")
-    AutoTokenizer.from_pretrained(DATA / "tiny-policy", chat_template=TEMPLATE).save_pretrained(folder / "chat")
+        (folder / name).write_text(text)
+    shutil.copytree(TINY / "policy", folder / "chat")
+    chat_tokenizer().save_pretrained(folder / "chat")
     return folder
 
 
-@pytest.mark.parametrize("flags, words", MISTAKES, ids=[flags.replace("{data}/", "") for flags, _ in MISTAKES])
+@pytest.mark.parametrize("flags, words", MISTAKES, ids=[flags for flags, _ in MISTAKES])
 def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(desk)
-    flags = flags.format(data=DATA, tmp=desk, chat=desk / "chat").split()
-    code, said = answer(capsys, *["--output-dir", tmp_path] * ("--output-dir" not in flags), *flags)
-    assert code in (1, 2) and len(said) <= 3 and "Traceback" not in " ".join(said)
+    flags = flags.format(tiny=TINY, tmp=desk, chat=desk / "chat").split()
+    if "--output-dir" not in flags:
+        flags += ["--output-dir", str(tmp_path)]
+    code, said = answer(capsys, *flags)
+    assert code in (1, 2)
+    assert len(said) <= 3, said
     for word in words.split():
         assert word in " ".join(said), said
-    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_a_mistake_as_the_shell_sees_it(desk, tmp_path):
+def test_a_mistake_as_the_shell_sees_it(tmp_path):
     done = run("--model", "nosuch", "--output-dir", tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and len(done.stderr.strip().split("\n")) <= 3, done.stderr
-    assert "--model nosuch" in done.stderr and not done.stdout
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+    assert "--model nosuch" in done.stderr
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def buggy(*args, **kwargs):
         raise ValueError("a bug")
+
     monkeypatch.setattr(remax, "remax_step", buggy)
     with pytest.raises(ValueError, match="a bug"):
         remax.main(["--output-dir", str(tmp_path)])
 
 
-def test_a_reward_that_fails_later_leaves_the_checkpoint_whole(small, tmp_path, capsys, monkeypatch):
-    (tmp_path / "late.py").write_text("calls = []\ndef f(completions, **k):\n    calls.append(1)\n"
-                                      "    return [len(c) * (1 if len(calls) < 6 else float('nan')) for c in completions]")
-    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", "--reward", f"{tmp_path}/late.py:f", "--steps", 9, "--kl-coef", 0)
-    assert code == 1 and "finite" in said[-2] and "--reward" in said[-1]
-    (folder,) = (tmp_path / "run/checkpoint").glob("step-*")
-    assert torch.load(folder.parent / "state.pt", weights_only=True)["step"] == int(folder.name[5:]) >= 2
-    AutoModelForCausalLM.from_pretrained(folder)
+@pytest.mark.parametrize("source", ["def f(:", "def f(**k):\n    return 1 / 0"])
+def test_errors_in_a_persons_own_reward_show_that_persons_line(source, tmp_path):
+    (tmp_path / "mine.py").write_text(source)
+    done = run("--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert f'mine.py", line {source.count(chr(10)) + 1}' in done.stderr
+    assert source.splitlines()[-1].strip() in done.stderr
 
 
-def test_five_steps_without_a_finite_gradient_stop_the_run_with_a_checkpoint(small, tmp_path, capsys):
-    (tmp_path / "huge.py").write_text("def f(completions, **k):\n    return [3e38 * (-1) ** i for i in range(len(completions))]")
-    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", "--reward", f"{tmp_path}/huge.py:f", "--steps", 9, "--baseline", "none")
-    assert code == 1 and "5 steps" in said[-1] and "--lr" in said[-1]
-    assert [r["skipped"] for r in metrics(tmp_path / "run") if "reward" in r] == [1.0] * 5
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint/step-5")
-    assert torch.equal(weights(saved), weights(AutoModelForCausalLM.from_pretrained(DATA / "tiny-policy")))
+def test_a_reward_that_fails_later_leaves_the_checkpoint_whole(small, tmp_path, capsys):
+    (tmp_path / "late.py").write_text(
+        "calls = []\n"
+        "def f(completions, **k):\n"
+        "    calls.append(1)\n"
+        "    good = 1 if len(calls) < 6 else float('nan')\n"
+        "    return [good * len(c) for c in completions]\n"
+    )
+    flags = ["--reward", f"{tmp_path}/late.py:f", "--steps", 9, "--kl-coef", 0]
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", *flags)
+    assert code == 1
+    assert "finite" in said[-2]
+    assert "--reward" in said[-1]
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] >= 2
+
+
+def test_five_steps_without_a_finite_gradient_stop_the_run_with_a_checkpoint(
+    small, tmp_path, capsys
+):
+    (tmp_path / "huge.py").write_text(
+        "def f(completions, **k):\n    return [3e38 * (-1) ** i for i in range(len(completions))]"
+    )
+    flags = ["--reward", f"{tmp_path}/huge.py:f", "--steps", 9, "--baseline", "none"]
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", *flags)
+    assert code == 1
+    assert "5 steps" in said[-2]
+    assert "--lr" in said[-1]
+    steps = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
+    assert [row["skipped"] for row in steps] == [1.0] * 5
+    policy = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["policy"]
+    untouched = AutoModelForCausalLM.from_pretrained(TINY / "policy").state_dict()
+    assert all(torch.equal(policy[name], tensor) for name, tensor in untouched.items())
 
 
 def test_twenty_steps_that_teach_nothing_are_named_once(small, tmp_path, capsys):
-    (tmp_path / "constant.py").write_text("def f(completions, **k):\n    return [1.0] * len(completions)")
-    go(small, tmp_path / "run", "--reward", f"{tmp_path}/constant.py:f", "--steps", 23, "--kl-coef", 0, "--eval-every", 50)
+    (tmp_path / "constant.py").write_text("def f(prompts, **k):\n    return [1.0] * len(prompts)")
+    flags = ["--reward", f"{tmp_path}/constant.py:f", "--kl-coef", 0, "--eval-every", 50]
+    go([*small, *flags], tmp_path / "run", "--steps", 23)
     assert capsys.readouterr().out.count("warning") == 1
 
 
-def test_tokens_that_are_missing_are_replaced_and_said(tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-policy")
-    shutil.copytree(DATA / "tiny-policy", tmp_path / "policy")
-    tokenizer.pad_token, tokenizer.eos_token = tokenizer.eos_token, None
+def test_a_tokenizer_without_eos_is_refused(tmp_path, capsys):
+    shutil.copytree(TINY / "policy", tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
+    tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "policy")
-    remax.main(["--model", str(tmp_path / "policy"), "--reward", str(DATA / "tiny-reward"), "--steps", "1", "--output-dir", str(tmp_path / "run"), "--lr", "1e-9"])
-    assert "EOS '<|endoftext|>', pad '<|endoftext|>'" in capsys.readouterr().out
+    code, said = answer(capsys, "--model", tmp_path / "policy", "--output-dir", tmp_path / "run")
+    assert code == 1
+    assert "EOS" in said[-2]
 
 
-# ------------------------------------------- sabotage -------------------------------------------
+# =================================================================================================
+# Sabotage: each fault, put into a copy of remax.py, makes its test fail
+# =================================================================================================
 
 SABOTAGE = [  # what is broken, the line, its broken form, the test that must notice
-    ("position_ids dropped", "position_ids=positions, use_cache=False", "use_cache=False", "padding_changes"),
-    ("positions dropped while decoding", "position_ids=positions[:rows, start:end], ", "", "greedy_half"),
-    ("EOS left out of the mask", "is_eos.cumsum(1) - is_eos == 0", "is_eos.cumsum(1) == 0", "first_eos"),
-    ("mask from pad ids", "(is_eos.cumsum(1) - is_eos == 0)", "(response != eos_id)", "first_eos"),
-    ("KL sign flipped", "logprobs.detach() - ref_logprobs)", "ref_logprobs - logprobs.detach())", "by_hand"),
+    ("position_ids dropped", "        position_ids=positions,\n", "", "padding_changes"),
+    ("positions dropped while decoding",
+     "            position_ids=positions[:, -inputs.size(1) :],\n", "", "rollout_is_the_policy"),
+    ("EOS left out of the mask", "(eos_before == 0)", "(is_eos.cumsum(1) == 0)", "first_eos"),
+    ("mask from pad ids", "(eos_before == 0)", "(response != eos_id)", "first_eos"),
+    ("KL sign flipped", "(logprobs.detach() - ref_logprobs) * mask",
+     "(ref_logprobs - logprobs.detach()) * mask", "by_hand"),
     ("KL one-step", "kl_to_go = kl.flip(1).cumsum(1).flip(1)", "kl_to_go = kl", "by_hand"),
-    ("KL unmasked", "(logprobs.detach() - ref_logprobs) * mask", "logprobs.detach() - ref_logprobs", "by_hand"),
+    ("KL unmasked", "(logprobs.detach() - ref_logprobs) * mask",
+     "(logprobs.detach() - ref_logprobs)", "by_hand"),
     ("k3 in the reward", "(logprobs.detach() - ref_logprobs) * mask",
-     "((ref_logprobs - logprobs.detach()).exp() - 1 + logprobs.detach() - ref_logprobs) * mask", "unbiased"),
-    ("baseline from the wrong rows", "scores.chunk(2) if greedy", "scores.chunk(2)[::-1] if greedy", "greedy_rows"),
+     "((ref_logprobs - logprobs.detach()).exp() - 1 + logprobs.detach() - ref_logprobs) * mask",
+     "unbiased"),
+    ("baseline from the wrong rows", "reward = rewards[:B]", "reward = rewards[-B:]", "one_call"),
     ("baseline not subtracted", "(reward - baseline)[:, None]", "reward[:, None]", "by_hand"),
-    ("gradient through the advantage", "(logprobs.detach() - ref_logprobs)", "(logprobs - ref_logprobs)", "no_gradient"),
-    ("token mean", "(logprobs * advantage * mask).sum(1).mean()", "(logprobs * advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "loss * len(rows) / B", "loss / len(batches)", "micro_batch_size"),
-    ("top_k left at its default", "logits[:B].softmax(-1)",
-     "logits[:B].masked_fill(logits[:B] < logits[:B].topk(50).values[:, -1:], -99).softmax(-1)", "full_softmax"),
-    ("checkpoint's generation_config kept", "logits[:B].softmax(-1)",
-     "(logits[:B] / (policy.generation_config.temperature or 1)).softmax(-1)", "poisoned"),
-    ("dropout left on", "key: 0.0 for key", "key: value for key", "dropout"),
-    ("log-softmax in bf16", "- logits.float().logsumexp(1)", "- logits.logsumexp(1)", "taken_in_float32"),
-    ("float32 copy of all logits kept", "picked = [checkpoint(pick, *row, use_reentrant=False)", "picked = [pick(*row)", "no_float32"),
-    ("off by one in the logits", ".logits[:, -T - 1:-1]", ".logits[:, -T:]", "column_t"),
-    ("generation in train mode with checkpointing", "weights_as(policy.eval(), dtype):  ", "weights_as(policy, dtype):  ", "checkpointing_changes"),
-    ("reward scored on prompt + response twice", "[len(row[\"text\"]):]", "", "aligned"),
+    ("gradient through the advantage", "(logprobs.detach() - ref_logprobs)",
+     "(logprobs - ref_logprobs)", "no_gradient"),
+    ("token mean", "(logprobs * advantage * mask).sum(1).mean()",
+     "(logprobs * advantage * mask).sum() / mask.sum()", "reinforce"),
+    ("per-micro-batch mean", "part_loss * len(rows) / B", "part_loss / len(parts)",
+     "micro_batch_size"),
+    ("top_k left at its default", "probabilities = logits[:B].softmax(-1)",
+     "probabilities = logits[:B].masked_fill("
+     "logits[:B] < logits[:B].topk(50).values[:, -1:], -99).softmax(-1)", "full_softmax"),
+    ("checkpoint's generation_config kept", "probabilities = logits[:B].softmax(-1)",
+     "probabilities = (logits[:B] / (policy.generation_config.temperature or 1)).softmax(-1)",
+     "poisoned"),
+    ("dropout left on", "setattr(config, name, 0.0)", "pass", "no_noise"),
+    ("jitter left on", ' or "jitter" in name', "", "no_noise"),
+    ("log-softmax in bf16", "logits.float().log_softmax", "logits.log_softmax",
+     "taken_in_float32"),
+    ("float32 copy of all logits kept",
+     "checkpoint(log_softmax_at, row_logits, row_tokens, use_reentrant=False)",
+     "log_softmax_at(row_logits, row_tokens)", "no_float32"),
+    ("off by one in the logits", ".logits[:, -T - 1 : -1]", ".logits[:, -T:]", "column_t"),
+    ("generation in train mode with checkpointing",
+     "    policy.eval()\n    with weights_as(policy, dtype):",
+     "    with weights_as(policy, dtype):",
+     "checkpointing_changes"),
+    ("cache for the greedy rows not doubled", "            cache.reorder_cache(two_rows_each)\n",
+     "            cache.reorder_cache(two_rows_each.flip(0))\n", "generate"),
+    ("sampler's log-probs of another token", "probabilities.gather(1, sampled)",
+     "probabilities.gather(1, probabilities.argmax(1, keepdim=True))", "rollout_is_the_policy"),
+    ("no cache, no refusal", "if cache is None:", "if False:", "keeps_no_cache"),
+    ("reward scored on prompt + response twice", 'text[len(row["prompt_text"]) :]', "text",
+     "aligned"),
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
-    ("reward model without mask", "model.to(device)(**batch)", 'model.to(device)(batch["input_ids"])', "ignores_padding"),
-    ("columns misaligned with rows", "rows = rows * (len(responses) // len(rows))",
-     "rows = [row for row in rows for _ in range(len(responses) // len(rows))]", "aligned"),
-    ("weights saved with use_cache off", "policy.config = config",
-     "policy.config = AutoConfig.from_pretrained(cfg.model, use_cache=False)", "saved_model"),
-    ("dropout saved as 0", "policy.config = config", "pass", "saved_model"),
-    ("finished rows go on", ".masked_fill(done, pad_id)", "", "greedy_half"),
-    ("resume that forgets the RNG", 'set_seed(random.Random(f"{cfg.seed}/{step}").getrandbits(32))', 'step == state["step"] + 1 and set_seed(cfg.seed)', "while_saving"),
-    ("resume that restarts the data order", "random.sample(rows,", 'random.Random(step - state["step"]).sample(rows,', "while_saving"),
-    ("resume that forgets the weights", 'weights = path.with_name(f"step-{state[\'step\']}")', "pass", "while_saving"),
-    ("resume that forgets the optimizer", 'optimizer.load_state_dict(state.pop("optimizer", optimizer.state_dict()))', "pass", "while_saving"),
-    ("resume that restarts the learning rate", 'max(state["step"], 0) - 1)', "-1)", "extend_a_run"),
-    ("resume that keeps the rows past the checkpoint", 'log.truncate(min(state["log_bytes"], log.tell()))', "pass", "cut_off"),
-    ("resume with other mathematics", 'if name == "micro_batch_size":', "if True:", "other_mathematics"),
-    ("checkpoint written over the old one", 'folder / f"step-{state[\'step\']}"', 'folder / "step-0"', "killed"),
+    ("reward model without mask", "self.model(**batch)", 'self.model(batch["input_ids"])',
+     "ignores_padding"),
+    ("columns misaligned with rows", "rows = rows + rows",
+     "rows = [row for row in rows for _ in range(2)]", "aligned"),
+    ("weights saved with use_cache off", "policy.config = AutoConfig.from_pretrained(args.model)",
+     "policy.config = AutoConfig.from_pretrained(args.model, use_cache=False)", "saved_model"),
+    ("dropout saved as 0", "policy.config = AutoConfig.from_pretrained(args.model)", "pass",
+     "saved_model"),
+    ("finished rows go on", ".masked_fill(done, pad_id)", "", "half_of_the_rollout"),
+    ("resume that forgets the RNG", 'random.Random(f"{args.seed}/{step}").getrandbits(32)',
+     "args.seed + (step - self.steps_done)", "twelve_times"),
+    ("resume that forgets the weights", 'self.policy.load_state_dict(checkpoint["policy"])', "pass",
+     "twelve_times"),
+    ("resume that forgets the optimizer",
+     'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "twelve_times"),
+    ("resume that restarts the learning rate", "math.pi * (step - 1) / args.steps",
+     "math.pi * (step - 1 - self.steps_done) / args.steps", "extend_a_run"),
+    ("resume that keeps the rows past the checkpoint",
+     'metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))', "pass", "cut_off"),
+    ("resume with other mathematics", "name not in MAY_CHANGE", "False", "resumed_as_another"),
+    ("checkpoint written over the old one", 'beside = path.with_suffix(".new")', "beside = path",
+     "disk_full_while"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
-    ("new run over an old one", "assert cfg.resume == there", "assert True", "used_folder"),
-    ("Ctrl-C that saves nothing", "if asked or skipped == 5 or step == cfg.steps or", "if skipped == 5 or step == cfg.steps or", "sigterm"),
-    ("penalty for sampled rows alone", "missing_eos_penalty * (responses", "missing_eos_penalty * (torch.arange(len(rows)) < 2) * (responses", "penalty"),
-    ("bugs answered like mistakes", "if place in FAULT), []))", 'if place in FAULT), ["model"]))', "traceback"),
-    ("evaluation moves the noise of training", 'set_seed(random.Random(f"{cfg.seed}/{step}").getrandbits(32))', "step or set_seed(cfg.seed)", "same_seed"),
-    ("second BOS", "add_special_tokens=not chat)[", "add_special_tokens=True)[", "template_once"),
-]
+    ("new run over an old one", "if metrics.tell() > 0 or path.exists():", "if False:",
+     "neither_overwritten"),
+    ("stop that saves nothing", "step % args.save_every == 0 or stop.signal_number or",
+     "step % args.save_every == 0 or", "stop_signal"),
+    ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
+     "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
+    ("bugs answered like mistakes", "            figures = self.train_step(step)\n",
+     '            with explain(args, "lr"):\n                figures = self.train_step(step)\n',
+     "traceback"),
+    ("evaluation moves the noise of training",
+     'transformers.set_seed(random.Random(f"{args.seed}/{step}").getrandbits(32))',
+     "step > 1 or transformers.set_seed(args.seed)", "same_seed"),
+    ("second BOS", "tokenizer(chats, add_special_tokens=False)", "tokenizer(chats)",
+     "template_once"),
+    ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
+     "figures_are"),
+    ("logged loss scaled wrongly", '"loss": mean(loss)', '"loss": mean(loss) / B', "figures_are"),
+    ("autocast off in bf16", "enabled=dtype != torch.float32", "enabled=False", "in_bf16"),
+    ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
+    ("reference in another dtype",
+     "load_model(AutoModelForCausalLM, args.model, dtype=dtype).requires_grad_",
+     "load_model(AutoModelForCausalLM, args.model, dtype=torch.float32).requires_grad_",
+     "reference_rests"),
+    ("checkpoints at other steps", "step % args.save_every == 0", "step % args.eval_every == 0",
+     "when_asked_for"),
+    ("sampler not checked", "if difference > LARGEST_DIFFERENCE[self.dtype]:", "if False:",
+     "cache_is_wrong"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, line, broken, test", SABOTAGE, ids=[row[0].replace(" ", "-") for row in SABOTAGE])
+@pytest.mark.parametrize("name, line, broken, test", SABOTAGE, ids=[row[0] for row in SABOTAGE])
 def test_sabotage_is_noticed(name, line, broken, test, tmp_path):
-    """The fault, put into a copy of remax.py, makes its test fail; the untouched copy passes all of them."""
     source = (ROOT / "remax.py").read_text()
     assert source.count(line) == 1, f"{name}: the line to break is not there, or not unique"
     (tmp_path / "remax.py").write_text(source.replace(line, broken))
     (tmp_path / "test_remax.py").symlink_to(ROOT / "test_remax.py")
     (tmp_path / "data").symlink_to(DATA)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", f"{test} and not sabotage", "-p", "no:cacheprovider",
-                           str(tmp_path / "test_remax.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", f"{test} and not sabotage", "test_remax.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "1 failed" in done.stdout
 
 
-@pytest.fixture(autouse=True)
-def slow_only_on_request(request):
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
-        pytest.skip("slow: run with -m slow")
-
-
-# ------------------------------------------- the README -------------------------------------------
+# =================================================================================================
+# The README
+# =================================================================================================
 
 README = (ROOT / "README.md").read_text()
 TEXT = " ".join(README.split())  # line ends aside
 
 
-def results(name):
+def read_results(name):
     return [json.loads(line) for line in open(DATA / "results" / name)]
 
 
-def test_readme_quotes_its_logs():
-    arms = {arm: [results(f"tiny/{arm}-{seed}.jsonl") for seed in range(5)] for arm in ("remax", "reinforce")}
-    logged = {row["log"]: row for row in results("tiny/runs.jsonl")}
-    for arm, runs in arms.items():
-        kl = [run[-1]["eval_kl"] for run in runs]
-        cells = [f"{statistics.mean(v):.3f} +- {statistics.stdev(v):.3f}" for v in (
-            [run[-1]["eval_reward"] for run in runs], [run[-1]["eval_reward"] - 0.05 * run[-1]["eval_kl"] for run in runs])]
-        rows = [logged[f"{arm}-{seed}.jsonl"] for seed in range(5)]
-        cells += [f"{statistics.mean(kl):.2f} +- {statistics.stdev(kl):.2f}", f"{statistics.mean(run[-1]['eval_greedy_reward'] for run in runs):.3f}"]
-        cells += [f"{statistics.mean(row['grad_norm_last_20'] for row in rows):.1f} +- {statistics.stdev(row['grad_norm_last_20'] for row in rows):.1f}"]
-        cells += [f"{statistics.mean(row['step_seconds'] for row in rows):.0f} |"]
-        line = next(line for line in README.split("\n") if line.startswith({"remax": "| ReMax |", "reinforce": "| REINFORCE"}[arm]))
-        assert all(cell in line for cell in cells), (arm, cells)
-        for seed, run in enumerate(runs):  # a row of runs.jsonl is what its log says
-            assert rows[seed]["eval_reward_after"] == run[-1]["eval_reward"] and f"--seed {seed}" in rows[seed]["command"]
-    kl = [statistics.mean(run[-1]["eval_kl"] for run in runs) for runs in arms.values()]
-    assert f"{kl[1] / kl[0]:.1f} times the KL" in TEXT
-    assert f"from a held-out reward of {logged['remax-0.jsonl']['eval_reward_before']:.3f};" in TEXT
-    assert remax.TINY["kl_coef"] == 0.05 and remax.TINY["steps"] == 60
-    for model in "start", "end":
-        quoted = [f"{row['ratio']:.2f}" for row in results("variance.jsonl") if row["model"] == model]
-        assert f"{quoted[0]}, {quoted[1]} and {quoted[2]} of" in TEXT
-    for row in results("memory.jsonl"):
-        assert row["kind"] == "computed" and f"{row['peak_gb']:.1f}" in TEXT, row["flags"]
-    small, large = (row["ratio"] for row in results("cpu.jsonl"))
-    assert f"takes {small['ReMax/RLOO']:.2f} of RLOO's and {small['ReMax/GRPO']:.2f} of GRPO's" in TEXT
-    assert f"{large['ReMax/RLOO']:.2f} and {large['ReMax/GRPO']:.2f} at 17M" in TEXT
-    (peer,) = results("tiny_vs_rloo.jsonl")
-    assert f"{peer['RLOO']['median']:.1f} s at the best of three rates (chosen on one seed), ReMax {peer['ReMax']['median']:.1f} s" in TEXT
+def test_every_link_of_the_readme_leads_somewhere():
+    headings = re.findall(r"^#+ (.*)", README, re.M)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("p, r, none, greedy", [(0.3, (1.0, 0.5), "0.152", "0.026"), (0.9, (1.0, 0.1), "0.0032", "0.059")])
-def test_readme_example_of_a_greedy_baseline_that_helps_and_one_that_hurts(p, r, none, greedy):
-    """Two answers: the variance of (r - b) d log pi / d logit, from remax_loss."""
-    def variance(b):
-        logit = torch.tensor(p).logit().requires_grad_()
-        grads = []
-        for logprob, reward in zip((torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)), r):
-            loss = remax.remax_loss(logprob.view(1, 1), 0.0, torch.ones(1, 1), torch.tensor([reward]), torch.tensor([b]), 0.0)
-            grads.append(torch.autograd.grad(loss, logit)[0].item())
-        return p * (1 - p) * (grads[0] - grads[1]) ** 2
-    before, after = variance(0.0), variance(r[0] if p > 0.5 else r[1])
-    assert f"{before:.{len(none) - 2}f}" == none and f"{after:.{len(greedy) - 2}f}" == greedy
-    assert (after < before) == (p < 0.5 + 0.5 * r[1] / (r[0] - r[1])) and f"from {none} to {greedy}" in TEXT
+COMMANDS = re.findall(r"^ *(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M)
 
 
-def test_readme_console_is_the_first_seeds():
-    """The figures of its closing table; the samples come from the same run."""
-    first, last = (results("tiny/remax-0.jsonl")[i] for i in (0, -1))
-    for key in "eval_reward", "eval_kl":
-        assert f"    {key:20}{first[key]:.4g} -> {last[key]:.4g}" in README
-
-
-def test_readme_exercises_name_tests_that_there_are():
-    source = (ROOT / "test_remax.py").read_text()
-    exercises = re.findall(r"^\d\. .*(?:Fails|Passes): .*$", README, re.M)
-    assert len(exercises) == 8
-    for word in re.findall(r"`(\w+)`", " ".join(line.split("s: ", 1)[1].split("Runs")[0] for line in exercises)):
-        assert re.search(rf"def test_\w*{word}", source), word
-
-
-def test_readme_reward_function_with_an_answer_column(tmp_path, monkeypatch):
-    """The worked example, word for word, but with the tiny policy."""
-    monkeypatch.chdir(tmp_path)
-    Path("sums.py").write_text(re.search(r"^      def right.*\n.*\n", README, re.M)[0].replace("\n      ", "\n").strip())
-    Path("sums.jsonl").write_text((re.search(r"`(\{\"prompt\": \"Two.*?\})`", README)[1] + "\n") * 12)
-    remax.main("--prompts sums.jsonl --reward sums.py:right --steps 1 --batch-size 8 --output-dir out".split())
-    assert 0 <= metrics("out")[1]["reward"] <= 1
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_parses(command):
+    remax.parse_args(command.split())
 
 
 def test_plot_draws_any_runs(tmp_path):
     pytest.importorskip("matplotlib")
+    logs = sorted((DATA / "results/tiny").glob("remax-*.jsonl"))
     for name in "figure.svg", "figure.png":
-        done = subprocess.run([sys.executable, DATA / "plot.py", "--out", tmp_path / name, "--arm", "ReMax", *(DATA / "results/tiny").glob("remax-*.jsonl")],
-                              capture_output=True, text=True)
-        assert done.returncode == 0 and (tmp_path / name).stat().st_size > 5000, done.stderr
-
-
-def test_readme_names_every_flag_column_and_file_there_is():
-    for field in remax.Config.__dataclass_fields__:
-        assert f"`--{field.replace('_', '-')}`" in README, field
-    for column in COLUMNS | {"skipped", "eval_reward", "eval_greedy_reward", "eval_kl"}:
-        assert f"`{column}`" in README, column
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", README, re.M)]
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
-    for name in re.findall(r"`(rollout|response_mask|token_logprobs|remax_loss|remax_step|weights_as)`", README):
-        assert callable(getattr(remax, name))
-
-
-@pytest.mark.parametrize("command", re.findall(r"^ +(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M))
-def test_readme_commands_parse(command):
-    remax.parse(command.split())
-
-
-def test_readme_counts_its_tests():
-    assert f"breaks remax.py in {len(SABOTAGE)} known ways" in TEXT and f"over {len(MISTAKES) // 10 * 10} mistakes" in TEXT
-    assert len(README.splitlines()) <= 180
-
-
-def test_the_files_bounds():
-    lines = (ROOT / "remax.py").read_text().splitlines()
-    assert len(lines) <= 450 and max(map(len, lines)) <= 100
+        command = [sys.executable, DATA / "experiments/plot.py", "--out", tmp_path / name]
+        done = subprocess.run([*command, "--arm", "ReMax", *logs], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name).stat().st_size > 5000

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Reward, greedy reward, KL and gradient norm of any runs of remax.py against the step.
 
-    python data/plot.py --out figure.svg --arm ReMax runs/a runs/b --arm REINFORCE runs/c runs/d
+    python data/experiments/plot.py --out figure.svg --arm ReMax runs/a runs/b --arm RLOO runs/c
 
 After --arm comes its label, then its runs: output folders, or metrics .jsonl files. Several runs of
 an arm become their mean and a band of +- 1 standard deviation. Lines are the batches trained on,
 dots the evaluations on held-out prompts. REINFORCE decodes nothing greedily in training, so its
 greedy reward is dots only. The suffix of --out decides: .svg or .png. Needs: pip install matplotlib
 """
+
 import argparse
 import json
 import re
@@ -16,17 +17,30 @@ from pathlib import Path
 import matplotlib
 
 # Text stays text; no date, no random id: the same runs give the same bytes.
-matplotlib.rcParams.update({
-    "svg.fonttype": "none", "svg.hashsalt": "remax", "font.sans-serif": "DejaVu Sans",
-    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "remax",
+        "font.sans-serif": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+)
 import matplotlib.pyplot as plt
 import numpy as np
 
-PANELS = [("Reward of the sampled response", "reward", "eval_reward"),
-          ("Reward of the greedy response", "greedy_reward", "eval_greedy_reward"),
-          ("KL to the reference, nats per response", "kl", "eval_kl"),
-          ("Gradient norm, before clipping", "grad_norm", None)]
+PANELS = [
+    ("Reward of the sampled response", "reward", "eval_reward"),
+    ("Reward of the greedy response", "greedy_reward", "eval_greedy_reward"),
+    ("KL to the reference, nats per response", "kl", "eval_kl"),
+    ("Gradient norm, before clipping", "grad_norm", None),
+]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]  # Okabe and Ito
 
 
@@ -38,7 +52,7 @@ def read(path):
     try:
         return [{"step": row["step"]} | row for row in map(json.loads, open(file))]
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"plot.py: {file}: a line is no row of metrics: {error!r}")
+        raise SystemExit(f"plot.py: {file}: a line is no row of metrics: {error!r}") from error
 
 
 def curve(runs, key):
@@ -54,8 +68,14 @@ def curve(runs, key):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=Path, help="the figure, .svg or .png")
-    parser.add_argument("--arm", required=True, action="append", nargs="+",
-                        metavar=("LABEL", "RUN"), help="a label and its runs; once per arm")
+    parser.add_argument(
+        "--arm",
+        required=True,
+        action="append",
+        nargs="+",
+        metavar=("LABEL", "RUN"),
+        help="a label and its runs; once per arm",
+    )
     args = parser.parse_args(argv)
     if (suffix := args.out.suffix) not in (".svg", ".png"):
         parser.error(f"--out {args.out}: .svg or .png")
@@ -64,7 +84,7 @@ def main(argv=None):
     arms = [(label, list(map(read, paths))) for label, *paths in args.arm]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, layout="constrained")
     axes[0, 0].sharey(axes[0, 1])  # before anything is drawn
-    for ax, (title, key, evaluated) in zip(axes.flat, PANELS):
+    for ax, (title, key, evaluated) in zip(axes.flat, PANELS, strict=True):
         ax.set_title(title)
         for i, (label, runs) in enumerate(arms):
             colour = COLOURS[i % len(COLOURS)]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Run an experiment: the same training with several baselines, rewards or seeds, and keep the logs.
+
+    python data/experiments/arms.py tiny              # five seeds of ReMax and of REINFORCE
+    python data/experiments/arms.py smollm2 --jobs 2  # three seeds, about an hour on two cores
+
+Every run is a command that a person could type. Its metrics.jsonl goes to
+data/results/EXPERIMENT/ARM-SEED.jsonl, its command, versions and seconds into the runs.jsonl there.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMOLLM2 = "--model runs/smollm2 --batch-size 16 --max-new-tokens 32 --lr 5e-5 --eval-every 30"
+SMOLLM2 += " --no-gradient-checkpointing"
+REVIEWS = f"{SMOLLM2} --steps 60 --reward data/experiments/vader_reward.py:positive"
+CHAT = f"{SMOLLM2} --steps 60 --prompts runs/json_task.jsonl --max-prompt-tokens 80"
+CHAT += " --reward data/experiments/json_task.py:is_bare_json"
+SHIFTED = "--reward data/experiments/shifted_reward.py"
+EXPERIMENTS = {  # name: (seeds, {arm: flags})
+    "tiny": (range(5), {"remax": "", "reinforce": "--baseline none"}),
+    "smollm2": ((1, 2, 3), {"remax": REVIEWS, "reinforce": f"{REVIEWS} --baseline none"}),
+    "smollm2_kl": ((1,), {"remax": f"{REVIEWS} --kl-coef 0.1"}),
+    "chat": ((1,), {"remax": CHAT}),
+    "shift": (
+        range(5),
+        {
+            "remax-0": f"{SHIFTED}:plus_0",
+            "remax-5": f"{SHIFTED}:plus_5",
+            "reinforce-0": f"{SHIFTED}:plus_0 --baseline none",
+            "reinforce-5": f"{SHIFTED}:plus_5 --baseline none",
+        },
+    ),
+}
+PACKAGES = ("torch", "transformers", "datasets")
+
+
+def run_arm(experiment, arm, seed, flags, threads):
+    """Run one command, copy its metrics and return what there is to say about it."""
+    output = f"runs/arms/{experiment}-{arm}-{seed}"
+    command = ["python", "remax.py", *shlex.split(flags), "--seed", str(seed)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *command[1:], "--output-dir", output],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    log = f"{arm}-{seed}.jsonl"
+    shutil.copy(ROOT / output / "metrics.jsonl", ROOT / "data/results" / experiment / log)
+    shutil.rmtree(ROOT / output)  # the weights are not needed any more
+    print(f"{experiment} {log} {time.perf_counter() - start:.0f} s", flush=True)
+    return {
+        "log": log,
+        "command": shlex.join(command),
+        "whole_seconds": time.perf_counter() - start,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "threads": threads,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run [1]")
+    args = parser.parse_args()
+    seeds, arms = EXPERIMENTS[args.experiment]
+    folder = ROOT / "data/results" / args.experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    hardware = f"{os.cpu_count()} virtual {platform.machine()} cores, {args.jobs} runs at a time"
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [
+            pool.submit(run_arm, args.experiment, arm, seed, flags, args.threads)
+            for seed in seeds
+            for arm, flags in arms.items()
+        ]
+    rows = [json.dumps(run.result() | {"hardware": hardware}) + "\n" for run in runs]
+    (folder / "runs.jsonl").write_text("".join(rows))
+
+
+if __name__ == "__main__":
+    main()
