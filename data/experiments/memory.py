@@ -185,6 +185,12 @@ def modes(meter):
     return [FakeTensorMode(allow_non_fake_inputs=True), meter]
 
 
+def seconds_of(figures):
+    """The seconds by phase; on fake tensors they would mean nothing."""
+    names = "rollout_seconds", "score_seconds", "update_seconds"
+    return {name: figures[name] for name in names} if CUDA else {}
+
+
 def step_peaks(model, flags):
     """(parameters, {phase: peak GB}, {phase: seconds on a GPU}) of the second step."""
     config, B, P, T = MODELS[model]
@@ -252,9 +258,8 @@ def step_peaks(model, flags):
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
             meter.phase("end")
-    seconds = {name: figures[name] for name in figures if CUDA and name.endswith("_seconds")}
     peaks_gb = {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}
-    return policy.num_parameters(), peaks_gb, seconds
+    return policy.num_parameters(), peaks_gb, seconds_of(figures)
 
 
 def full_length(prompt, attention_mask, response, mask, size):
