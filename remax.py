@@ -24,19 +24,26 @@ Symbols, in shapes and equations:
 """
 
 import argparse
+import copy
 import glob
+import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
 import random
-import runpy
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs in one folder are not noticed there
+    fcntl = None
 
 import datasets
 import torch
@@ -328,8 +335,21 @@ BAD_INPUT = (
 )
 
 
+HERE = Path(__file__).resolve().parent
+
+
+def shown(path):
+    """A path below this file's folder without that folder, so that lines stay short."""
+    return str(path).removeprefix(f"{HERE}{os.sep}")
+
+
+def without_function(path):
+    """FILE.py of FILE.py:FUNCTION; any other path as it is."""
+    return path.rpartition(":")[0] if ".py:" in path else path
+
+
 def flag(args, name):
-    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+    return f"--{name.replace('_', '-')} {shown(getattr(args, name))}"
 
 
 @contextmanager
@@ -347,63 +367,103 @@ def explain(args, *names):
         sys.exit(f"remax.py: {reason.splitlines()[0]}\nlook at {flags}")
 
 
-def check_policy(args):
-    """Refuse a model that cannot be trained here, before its weights are loaded."""
-    config = AutoConfig.from_pretrained(args.model)
-    if "Classification" in str(config.architectures):
-        raise ValueError("a classifier is no language model")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    if args.max_prompt_tokens + args.max_new_tokens > positions:
-        raise ValueError(f"prompt and response do not fit into its {positions} positions")
+def load_tokenizer(name, **options):
+    """AutoTokenizer, but a folder that holds none is an error: it would read every text alike."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"{shown(name)} holds no tokenizer")
+    return tokenizer
 
 
-def load_tokenizer(args):
+def load_policy_tokenizer(args):
     """The policy's tokenizer, with an EOS and a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
+    if args.eos_token is not None:
+        if len(tokenizer.encode(args.eos_token, add_special_tokens=False)) != 1:
+            raise ValueError(f"{args.eos_token} is no token of the policy's tokenizer")
+        tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
-        raise ValueError("its tokenizer has no EOS token, so no response would ever end")
+        raise ValueError("its tokenizer has no EOS, so no response would end: name one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-FILE_FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
+FILE_FORMATS = {  # suffix: (the name that datasets has for it, its options)
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
 }
 
 
 def read_dataset(name):
     """The rows of a file, by its suffix, or of the training split of a dataset on the hub."""
     path = Path(name)
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    if not path.exists() and suffix in FILE_FORMATS:
+        raise FileNotFoundError(f"there is no file {name}")  # the hub would be asked for it
     if not path.is_file():
         return datasets.load_dataset(name, split="train")
-    if path.suffix not in FILE_FORMATS:
+    if suffix not in FILE_FORMATS:
         raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{name} is empty")
+    kind, options = FILE_FORMATS[suffix]
     # Escaped, or datasets would take a [, * or ? in the name for a wildcard.
-    files = glob.escape(name)
-    return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=files, split="train")
+    dataset = datasets.load_dataset(kind, data_files=glob.escape(name), split="train", **options)
+    return dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset
+
+
+def check_chat(number, chat):
+    """Refuse what a template would render as nonsense; number is the row's."""
+    for message in chat:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"row {number} has a message without role or content: {message!r:.60}")
+
+
+def check_end_of_turn(tokenizer):
+    """Without the EOS at the end of a turn, responses would run on into the next turn."""
+    content = "the content of a turn"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    end = text[text.rindex(content) + len(content) :]
+    if tokenizer.eos_token not in end:
+        raise ValueError(
+            f"the template ends a turn with {end!r}, which lacks EOS {tokenizer.eos_token!r}: "
+            "name the token that ends a turn by --eos-token"
+        )
 
 
 def read_prompts(args, tokenizer):
     """Return (dataset, prompts, token ids), three of one length; a prompt is a text or a chat."""
     dataset = read_dataset(args.prompts)
-    column = "text" if args.prompts.endswith(".txt") else args.prompt_column
-    if column not in dataset.column_names:
-        raise ValueError(f"there is no column {column}, only {', '.join(dataset.column_names)}")
+    if args.prompt_column not in dataset.column_names:
+        raise ValueError(f"its columns are {', '.join(dataset.column_names)}")
     if len(dataset) == 0:
         raise ValueError("there are 0 prompts")
-    prompts = dataset[column][:]
-    if isinstance(prompts[0], list):
-        chats = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
-        # A template writes the special tokens itself: added again, BOS would stand there twice.
-        return dataset, prompts, tokenizer(chats, add_special_tokens=False)["input_ids"]
-    return dataset, prompts, tokenizer(prompts)["input_ids"]
+    prompts = dataset[args.prompt_column][:]
+    kind = list if isinstance(prompts[0], list) else str
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, kind):
+            raise ValueError(f"row {number} is no {kind.__name__} as a prompt: {prompt!r:.60}")
+    if kind is str:
+        if tokenizer.chat_template is not None:
+            print("the prompts are texts: the policy's chat template is not applied")
+        return dataset, prompts, tokenizer(prompts)["input_ids"]
+
+    check_end_of_turn(tokenizer)
+    encoded = []
+    for number, chat in enumerate(prompts, 1):
+        check_chat(number, chat)
+        text = ""
+        if chat:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        # The template writes the special tokens itself: added again, BOS would stand there twice.
+        encoded.append(tokenizer.encode(text, add_special_tokens=False))
+    return dataset, prompts, encoded
 
 
 def load_prompts(args, tokenizer):
@@ -412,7 +472,7 @@ def load_prompts(args, tokenizer):
     A row is a dict: prompt_ids, the tokens that the policy sees; prompt_text, the same as text;
     columns, the dataset's own columns and "prompt", which go to the reward function.
     """
-    with explain(args, "prompts", "prompt_column"):
+    with explain(args, "prompts", "prompt_column", "eos_token"):
         dataset, prompts, encoded = read_prompts(args, tokenizer)
     rows = []
     for columns, prompt, ids in zip(dataset, prompts, encoded, strict=True):
@@ -444,13 +504,34 @@ def collate(tokenizer, rows, device):
     return batch["input_ids"], batch["attention_mask"]
 
 
-def load_reward_function(name):
-    """The function of FILE.py:FUNCTION."""
-    path, function = name.rsplit(":", 1)
-    definitions = runpy.run_path(path)
-    if function not in definitions:
-        raise ValueError(f"{path} has no function {function}")
-    return definitions[function]
+@contextmanager
+def no_way_out():
+    """A reward that calls sys.exit() must not end the run as if all were well."""
+    try:
+        yield
+    except SystemExit as stop:
+        raise RuntimeError("the reward called sys.exit()") from stop
+
+
+def load_reward_function(args):
+    """The function of FILE.py:FUNCTION. What the file itself raises keeps its traceback."""
+    path, _, function = args.reward.rpartition(":")
+    with explain(args, "reward"):
+        if not path.endswith(".py"):
+            raise ValueError("name the function too: FILE.py:FUNCTION")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+    name = Path(path).stem
+    sys.path.insert(0, str(Path(path).parent))  # it may import its neighbours
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)  # where a process pool looks for its functions
+    with no_way_out():
+        spec.loader.exec_module(module)
+    with explain(args, "reward"):
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"{path} has no function {function}")
+    return getattr(module, function)
 
 
 class RewardModel:
@@ -464,9 +545,7 @@ class RewardModel:
         config = AutoConfig.from_pretrained(name)
         if "SequenceClassification" not in str(config.architectures):
             raise ValueError(f"{name} is no sequence classifier")
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, padding_side="right", truncation_side="left"
-        )
+        tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.tokenizer = tokenizer
@@ -481,15 +560,18 @@ class RewardModel:
     def __call__(self, prompts, completions, **columns):
         # Two texts add up to a text, two lists of messages to a chat.
         texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        is_chat = isinstance(texts[0], list)
-        if is_chat:
+        is_templated = False
+        if isinstance(texts[0], list) and self.tokenizer.chat_template is None:
+            texts = ["\n".join(message["content"] for message in chat) for chat in texts]
+        elif isinstance(texts[0], list):
             texts = self.tokenizer.apply_chat_template(texts, tokenize=False)
+            is_templated = True  # with its special tokens
         batch = self.tokenizer(
             texts,
             padding=True,
             truncation=True,
             max_length=self.max_length,
-            add_special_tokens=not is_chat,
+            add_special_tokens=not is_templated,
             return_tensors="pt",
         ).to(self.device)
         logits = self.model(**batch).logits.float()  # (N,labels)
@@ -500,9 +582,9 @@ class RewardModel:
 
 def load_reward(args, dtype):
     """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
+    if ".py" in args.reward:
+        return load_reward_function(args)
     with explain(args, "reward"):
-        if ".py:" in args.reward:
-            return load_reward_function(args.reward)
         return RewardModel(args.reward, dtype)
 
 
@@ -520,18 +602,23 @@ def score_responses(args, reward, tokenizer, rows, responses):
     """Rewards (N,) of responses (N,T) to N rows; or to N/2 rows, the sampled ones first."""
     if len(responses) == 2 * len(rows):
         rows = rows + rows
-    columns = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
+    # Copies: rows are shared between sampled and greedy responses, and between steps.
+    columns = {
+        name: [copy.deepcopy(row["columns"][name]) for row in rows] for name in rows[0]["columns"]
+    }
     prompts = columns.pop("prompt")
     completions = decode_responses(tokenizer, rows, responses)
     if isinstance(prompts[0], list):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     columns["prompts"] = prompts
     columns["completions"] = completions
-    rewards = reward(**columns)  # what a person's own function raises keeps its traceback
+    with no_way_out():
+        rewards = reward(**columns)  # what a person's own function raises keeps its traceback
 
     with explain(args, "reward"):
         try:
             rewards = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
+            rewards = rewards.detach()
         except (TypeError, ValueError) as error:
             raise ValueError(f"rewards must be a list of numbers, not {rewards!r:.60}") from error
         if rewards.shape != (len(rows),) or not rewards.isfinite().all():
@@ -547,9 +634,14 @@ def score_responses(args, reward, tokenizer, rows, responses):
 
 def choose_device(name):
     """The device of a name such as cpu, cuda or cuda:1."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA GPU here")
-    return torch.zeros(1, device=name).device
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"{device.type} is none of cpu, cuda, mps")
+    if device.type == "mps":
+        print("device mps: nobody has tested remax.py there")
+    return torch.zeros(1, device=device).device  # cuda becomes cuda:0
 
 
 def choose_dtype(precision, device):
@@ -562,10 +654,14 @@ def choose_dtype(precision, device):
 
 def load_model(auto_class, name, **options):
     """from_pretrained, but weights that the checkpoint lacks are an error: they would be random."""
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    model, info = auto_class.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
-        raise ValueError(f"{name} has no fitting weights for {len(absent)} tensors: {absent[0]}...")
+        raise ValueError(f"{shown(name)} has no fitting weights for {absent[0]}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{shown(name)} has weights that are not finite")
     return model
 
 
@@ -579,6 +675,18 @@ def turn_off_noise(config):
             turn_off_noise(value)
         elif isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(config, name, 0.0)
+
+
+def check_policy(args):
+    """Refuse a model that cannot be trained here, before its weights are loaded."""
+    if Path(args.model, "adapter_config.json").exists():
+        raise ValueError("an adapter is no model: merge it into its model first")
+    config = AutoConfig.from_pretrained(args.model)
+    if "Classification" in str(config.architectures):
+        raise ValueError("a classifier is no language model")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if args.max_prompt_tokens + args.max_new_tokens > positions:
+        raise ValueError(f"prompt and response do not fit into its {positions} positions")
 
 
 def load_policy(args):
@@ -641,16 +749,42 @@ MAY_CHANGE = (
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
+def comparable(args):
+    """The flags as --resume compares them: a file by its content, wherever it lies."""
+    values = {name: shown(value) for name, value in vars(args).items()}
+    for name in "prompts", "reward":
+        path = Path(without_function(getattr(args, name)))
+        if path.is_file():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            values[name] = f"{Path(getattr(args, name)).name} with the sha256 {digest[:16]}"
+    return values
+
+
+def lock(file):
+    """Refuse a file that another process holds; it is let go when this one ends."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing {file.name}") from error
+
+
 def open_run(args, folder):
     """Return (metrics.jsonl open for appending, the checkpoint to go on from or None)."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
+    lock(metrics)
     path = folder / "checkpoint.pt"
     if not args.resume:
-        if metrics.tell() > 0 or path.exists():
+        if path.exists():
             raise ValueError(
                 f"{args.output_dir} holds a run: --resume continues it, "
                 "another --output-dir starts a new one"
+            )
+        if metrics.tell() > 0:
+            raise ValueError(
+                f"{args.output_dir} holds a run without a checkpoint: "
+                "delete it, or choose another --output-dir"
             )
         (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
         return metrics, None
@@ -658,11 +792,11 @@ def open_run(args, folder):
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    now = comparable(args)
     for name, before in checkpoint["args"].items():
-        now = getattr(args, name)
-        is_longer = name == "steps" and now > before
-        if now != before and name not in MAY_CHANGE and not is_longer:
-            raise ValueError(f"{flag(args, name)}: the run to resume has {before}")
+        is_longer = name == "steps" and args.steps > int(before)
+        if now[name] != before and name not in MAY_CHANGE and not is_longer:
+            raise ValueError(f"--{name.replace('_', '-')} {now[name]}: the run has {before}")
     metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))  # later steps come again
     return metrics, checkpoint
 
@@ -670,23 +804,54 @@ def open_run(args, folder):
 def save_checkpoint(path, checkpoint):
     """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
     beside = path.with_suffix(".new")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk, hidden behind torch's own error
+            raise error.__context__ from None
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class StopRequest:
-    """Notes Ctrl-C or SIGTERM until the end of the step; a second one ends the program at once."""
+    """Notes Ctrl-C, SIGTERM or SIGHUP until the end of the step; a second one ends all at once."""
 
+    # Windows has no SIGHUP.
+    kinds = [getattr(signal, k) for k in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, k)]
     signal_number = None
 
     def __call__(self, signal_number, frame):
         if self.signal_number is not None:
             sys.exit(128 + signal_number)
         self.signal_number = signal_number
-        os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
+        if signal_number in (signal.SIGINT, signal.SIGTERM):
+            os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
+        else:  # the terminal is gone: printing to it would fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+
+    def install(self):
+        for kind in self.kinds:
+            signal.signal(kind, self)
+        if hasattr(os, "register_at_fork"):
+            # A child that a reward function forks must not inherit this: terminate() has to end
+            # it, also in the instant before it has the default handlers.
+            os.register_at_fork(
+                before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, self.kinds),
+                after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, self.kinds),
+                after_in_child=self.uninstall,
+            )
+
+    def uninstall(self):
+        for kind in self.kinds:
+            signal.signal(kind, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.kinds)
 
 
 def in_words(figures, prefix=""):
@@ -709,16 +874,18 @@ class Run:
         with explain(args, "device"):
             self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.precision, self.device)
-        with explain(args, "model", "max_prompt_tokens", "max_new_tokens"):
+        with explain(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
-            self.tokenizer = load_tokenizer(args)
-        with explain(args, "output_dir", "resume"):
+            self.tokenizer = load_policy_tokenizer(args)
+        with explain(args, "output_dir"):
             self.metrics, checkpoint = open_run(args, self.folder)
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype)
-        with explain(args, "model"):
-            self.policy = load_policy(args).to(self.device)
+        with explain(args, "model", "gradient_checkpointing"):
+            self.policy = load_policy(args)
             self.reference = load_reference(args, self.dtype)
+            self.check_prompts()
+        self.policy.to(self.device)
         self.place_frozen_models()
         self.optimizer = make_optimizer(args, self.policy)
         # A sum over tokens is large: the default scale of 65536 would overflow at once.
@@ -726,18 +893,30 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=is_fp16)
         self.steps_done = 0
         if checkpoint is not None:
-            self.policy.load_state_dict(checkpoint["policy"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            with explain(args, "output_dir", "model"):
+                self.policy.load_state_dict(checkpoint["policy"])
+                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.steps_done = checkpoint["step"]
         size = self.policy.num_parameters()
         if size < 5e6:  # so small a model is no faster on two threads, and 20 times slower when
             torch.set_num_threads(1)  # another process wants one of the cores
         print(
-            f"policy {args.model} ({size / 1e6:.1f}M parameters), "
-            f"reference {'the same' if args.kl_coef else 'none'}, reward {args.reward}, "
+            f"policy {shown(args.model)} ({size / 1e6:.1f}M parameters), "
+            f"reference {'the same' if args.kl_coef else 'none'}, reward {shown(args.reward)}, "
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
+
+    def check_prompts(self):
+        """Refuse tokens that the policy has no embedding for; say how a chat is scored."""
+        embeddings = self.policy.get_input_embeddings().num_embeddings
+        rows = self.training_rows + self.held_out_rows
+        if max(max(row["prompt_ids"]) for row in rows) >= embeddings:
+            raise ValueError(f"its tokenizer has more tokens than it has embeddings, {embeddings}")
+        is_chat = isinstance(rows[0]["columns"]["prompt"], list)
+        has_template = getattr(self.reward, "tokenizer", self.tokenizer).chat_template
+        if is_chat and not has_template:
+            print("the reward model has no chat template: it reads the contents, line by line")
 
     def place_frozen_models(self):
         """Put reference and reward model on the policy's device, or let them come and go."""
@@ -754,7 +933,8 @@ class Run:
                 frozen.to(self.device)
 
     def log(self, row):
-        self.metrics.write(json.dumps(row) + "\n")
+        with explain(self.args, "output_dir"):
+            self.metrics.write(json.dumps(row) + "\n")
 
     def score(self, rows, responses):
         return score_responses(self.args, self.reward, self.tokenizer, rows, responses)
@@ -854,7 +1034,7 @@ class Run:
         checkpoint = {
             "step": step,
             "metrics_bytes": self.metrics.tell(),
-            "args": vars(self.args),
+            "args": comparable(self.args),
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -938,7 +1118,6 @@ def print_summary(path):
 # The flags and main.
 # =================================================================================================
 
-HERE = Path(__file__).resolve().parent
 # Without --model these replace the defaults below, which follow the paper's GPT-2 runs (App. F.4).
 TINY_WORLD = {
     "model": f"{HERE}/data/tiny/policy",
@@ -993,13 +1172,15 @@ def parse_args(argv=None):
     flag("--reward", default="lvwerra/distilbert-imdb",
          help="a sequence classifier, hub id or folder, or a function, FILE.py:FUNCTION")
     flag("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
-         help="a json, jsonl, csv, parquet or txt file, or a dataset of the hub")
+         help="a json, jsonl, csv, tsv, parquet or txt file, or a dataset of the hub")
     flag("--prompt-column", default="prompt",
          help="its column of texts, or of lists of {role, content}")
     flag("--max-prompt-tokens", default=64, type=positive_int,
          help="longer texts are cut to it, longer chats are left out")
     flag("--max-new-tokens", default=48, type=positive_int,
          help="a response without EOS is cut here")
+    flag("--eos-token",
+         help="token that ends a response, if it is not the tokenizer's EOS")
     flag("--missing-eos-penalty", default=0.0, type=nonnegative_float,
          help="taken off the reward of such a response, sampled or greedy")
 
@@ -1027,14 +1208,15 @@ def parse_args(argv=None):
          help="recompute activations in the backward pass")
     flag("--offload", default=False, action=on_or_off,
          help="reference and reward model wait on the CPU while the policy is at work")
-    flag("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    flag("--device", default=device, help="cpu, cuda, cuda:1, mps, ...")
 
     flag = parser.add_argument_group("run").add_argument
     flag("--output-dir", help="for metrics, checkpoint and model; None: runs/MODEL-SEED")
     flag("--eval-every", default=50, type=positive_int,
          help="steps between evaluations on held-out prompts")
     flag("--save-every", default=100, type=positive_int,
-         help="steps between checkpoints; the last step and Ctrl-C write one too")
+         help="steps between checkpoints of about 12 bytes a parameter with adamw, two of them "
+              "while saving; the last step and Ctrl-C write one too")
     flag("--resume", action="store_true",
          help="continue the run in --output-dir: the same command, --steps may be more")
     # fmt: on
@@ -1048,6 +1230,11 @@ def parse_args(argv=None):
         run_name = Path(args.model).name
     if args.output_dir is None:
         args.output_dir = f"runs/{run_name}-{args.seed}"
+    for name in "model", "reward", "prompts":
+        # A reward function may change the working directory: paths are resolved once.
+        path = getattr(args, name)
+        if Path(without_function(path)).exists():
+            setattr(args, name, os.path.abspath(path))
     return args
 
 
@@ -1057,9 +1244,9 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     stop = StopRequest()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    stop.install()
     try:
         run = Run(args)
         run.train(stop)

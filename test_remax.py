@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import gc
+import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -371,9 +374,12 @@ def answer(capsys, *args):
     with pytest.raises(SystemExit) as stop:
         remax.main([*map(str, args)])
     said = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
-    if isinstance(stop.value.code, str):  # the interpreter prints it and exits with 1
-        return 1, said + stop.value.code.split("\n")
-    return stop.value.code, said
+    code = stop.value.code
+    del stop  # and with its traceback the run, which holds the lock of its folder
+    gc.collect()
+    if isinstance(code, str):  # the interpreter prints it and exits with 1
+        return 1, said + code.split("\n")
+    return code, said
 
 
 def read_metrics(folder):
@@ -394,7 +400,8 @@ def same_run(a, b):
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
     """main() takes Ctrl-C and SIGTERM over; pytest wants them back."""
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {kind: signal.getsignal(kind) for kind in kinds}
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)
@@ -1030,7 +1037,7 @@ def test_cuda_peak_memory_stays_in_its_budget_and_offload_lowers_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return remax.load_tokenizer(tiny_args())
+    return remax.load_policy_tokenizer(tiny_args())
 
 
 def load(path, tokenizer, *flags):
@@ -1059,7 +1066,7 @@ def chat_tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "txt"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet", "txt"])
 def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
     texts = [f"{i} film plots were told to us" for i in range(20)]
     data = datasets.Dataset.from_dict({"prompt": texts, "answer": list(range(20))})
@@ -1067,8 +1074,15 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
     if suffix == "txt":
         path.write_text("\n".join(texts))
     else:
-        write = {"csv": data.to_csv, "parquet": data.to_parquet}.get(suffix, data.to_json)
-        write(str(path))
+        data = data.to_pandas()
+        write = {
+            "json": lambda: data.to_json(path, orient="records"),
+            "jsonl": lambda: data.to_json(path, orient="records", lines=True),
+            "csv": lambda: data.to_csv(path, index=False),
+            "tsv": lambda: data.to_csv(path, index=False, sep="\t"),
+            "parquet": lambda: data.to_parquet(path),
+        }
+        write[suffix]()
     rows, held_out = load(path, tokenizer, "--max-prompt-tokens", 5)
     assert (len(rows), len(held_out)) == (16, 4)
     for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
@@ -1422,14 +1436,17 @@ def start(flags, folder, steps=80):
     return process
 
 
-@pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_stop_signal_saves_and_says_how_to_resume_and_loses_nothing(small, tmp_path, kind, code):
     process = start([*small, "--save-every", 1000], tmp_path / "cut")
     process.send_signal(kind)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert err.strip() == "stopping after this step; press again to stop now, unsaved"
-    assert "--resume" in out.splitlines()[-1]
+    if kind != signal.SIGHUP:  # with the terminal gone there is nobody to tell
+        assert err.strip() == "stopping after this step; press again to stop now, unsaved"
+        assert "--resume" in out.splitlines()[-1]
     before = (tmp_path / "cut/metrics.jsonl").read_text()
     go([*small, "--save-every", 1000], tmp_path / "cut", "--steps", 80, "--resume")
     after = (tmp_path / "cut/metrics.jsonl").read_text()
@@ -1483,10 +1500,10 @@ def two_steps(small, tmp_path_factory):
     "flags, words",
     [
         ("--steps 2", "holds a run: --resume continues it, another --output-dir starts a new"),
-        ("--steps 2 --resume --lr 1e-5", "--lr 1e-05: the run to resume has 0.0006"),
-        ("--steps 1 --resume", "--steps 1: the run to resume has 2"),
-        ("--steps 2 --resume --baseline none", "--baseline none: the run to resume has greedy"),
-        ("--steps 2 --resume --seed 1", "--seed 1: the run to resume has 0"),
+        ("--steps 2 --resume --lr 1e-5", "--lr 1e-05: the run has 0.0006"),
+        ("--steps 1 --resume", "--steps 1: the run has 2"),
+        ("--steps 2 --resume --baseline none", "--baseline none: the run has greedy"),
+        ("--steps 2 --resume --seed 1", "--seed 1: the run has 0"),
     ],
 )
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(
@@ -1582,7 +1599,10 @@ FILES = {  # name: content
         "import torch\ndef f(**k):\n"
         "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB.')"
     ),
+    "some_none.py": "def f(prompts, **k):\n    return [None] * len(prompts)",
     "empty.jsonl": "",
+    "roleless.jsonl": json.dumps({"prompt": CHAT}) + '\n{"prompt": [{"content": "Hello"}]}\n',
+    "mixed.jsonl": '{"prompt": "The plot"}\n' + json.dumps({"prompt": CHAT}) + "\n",
     "blank.txt": "\n\n\n",
     "number.jsonl": '{"prompt": 1}\n' * 60,
     "null.jsonl": '{"prompt": null}\n{"prompt": "The plot"}\n' * 60,
@@ -1607,6 +1627,24 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--reward nan.py:f", "nan finite --reward"),
     ("--reward inf.py:f", "inf finite --reward"),
     ("--reward none.py:f", "None --reward"),
+    ("--reward some_none.py:f", "None numbers --reward"),
+    ("--reward ok.py", "FILE.py:FUNCTION --reward"),
+    ("--reward {tmp}/token_classifier", "classifier --reward"),
+    ("--reward {tmp}/headless", "weights --reward"),
+    ("--reward {tmp}/no_tokenizer", "tokenizer --reward"),
+    ("--model {tmp}/missing --reward {tiny}/reward", "weights --model"),
+    ("--model {tmp}/mis_sized --reward {tiny}/reward", "weights --model"),
+    ("--model {tmp}/nan --reward {tiny}/reward", "finite --model"),
+    ("--model {tmp}/policy_without_tokenizer", "tokenizer --model"),
+    ("--model {tmp}/adapter", "adapter --model"),
+    (
+        "--model {tmp}/short --reward {tiny}/reward --max-prompt-tokens 9 --max-new-tokens 9",
+        "embeddings --model",
+    ),
+    ("--eos-token nosuch", "nosuch token --eos-token"),
+    ("--prompts roleless.jsonl --model {chat}", "row 2 role --prompts"),
+    ("--prompts mixed.jsonl", "row 2 --prompts"),
+    ("--prompts chat.jsonl --model {tmp}/other_end", "<end> --eos-token"),
     (
         "--reward memory.py:f",
         "memory --batch-size 32 --micro-batch-size 8 --offload False --optimizer adamw "
@@ -1628,6 +1666,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts long.jsonl --model {chat} --max-prompt-tokens 9", "0 prompts"),
     ("--max-new-tokens 100", "128 positions --max-new-tokens 100 --max-prompt-tokens 64"),
     ("--device nonsense", "--device nonsense"),
+    ("--device meta", "--device meta"),
     ("--baseline critic", "--baseline greedy none"),
     ("--optimizer sgd", "--optimizer adamw adafactor"),
     ("--steps two", "--steps int"),
@@ -1635,7 +1674,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--output-dir {tmp}/afile", "--output-dir afile"),
     ("--output-dir {tmp}/afile/x", "--output-dir afile/x"),
     ("--output-dir /dev/null/x", "--output-dir /dev/null/x"),
-    ("--resume", "no checkpoint to resume --resume"),
+    ("--resume", "no checkpoint to resume --output-dir"),
 ]
 COUNTS = ["steps", "batch-size", "micro-batch-size", "max-new-tokens", "max-prompt-tokens"]
 for name in [*COUNTS, "eval-every", "save-every"]:
@@ -1657,7 +1696,43 @@ def desk(tmp_path_factory):
         (folder / name).write_text(text)
     shutil.copytree(TINY / "policy", folder / "chat")
     chat_tokenizer().save_pretrained(folder / "chat")
+    write_broken_models(folder)
     return folder
+
+
+def changed_copy(source, target, **config):
+    """A copy of a checkpoint with some of its config.json changed."""
+    shutil.copytree(source, target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return target
+
+
+def write_broken_models(folder):
+    policy, reward = TINY / "policy", TINY / "reward"
+    changed_copy(policy, folder / "missing", n_layer=5)
+    changed_copy(policy, folder / "mis_sized", n_inner=200)
+    changed_copy(reward, folder / "headless", n_layers=3)
+    changed_copy(
+        reward, folder / "token_classifier", architectures=["DistilBertForTokenClassification"]
+    )
+    for source, name in (policy, "policy_without_tokenizer"), (reward, "no_tokenizer"):
+        for path in changed_copy(source, folder / name).glob("tokenizer*"):
+            path.unlink()
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.transformer.ln_f.weight.data[3] = float("nan")
+    model.save_pretrained(folder / "nan")
+    tokenizer.save_pretrained(folder / "nan")
+    make("gpt2", vocab_size=100).save_pretrained(folder / "short")  # fewer than the tokenizer has
+    tokenizer.save_pretrained(folder / "short")
+    # A turn that ends with another token than EOS, as Gemma 3's.
+    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<end>")
+    shutil.copytree(policy, folder / "other_end")
+    tokenizer.save_pretrained(folder / "other_end")
 
 
 @pytest.mark.parametrize("flags, words", MISTAKES, ids=[flags for flags, _ in MISTAKES])
@@ -1753,6 +1828,240 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, capsys):
 
 
 # =================================================================================================
+# Nothing silently wrong, nothing lost
+# =================================================================================================
+
+
+@pytest.mark.parametrize("name", ["prompts.JSONL", "prompts.jsonl.gz", "a[1]b*?.jsonl"])
+def test_prompt_files_of_unusual_names(tokenizer, tmp_path, name):
+    text = (TINY / "prompts.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    rows, held_out = load(tmp_path / name, tokenizer)
+    assert len(rows) + len(held_out) == 640
+
+
+def test_an_empty_chat_counts_as_empty(tmp_path):
+    chats = [[]] + [[{"role": "user", "content": f"The plot {i}"}] for i in range(10)]
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": chat} for chat in chats])
+    rows, held_out = load(path, chat_tokenizer())
+    assert len(rows) + len(held_out) == 10
+
+
+def test_eos_token_ends_a_turn_that_ends_otherwise(desk, capsys):
+    flags = ["--model", desk / "other_end", "--prompts", desk / "chat.jsonl"]
+    args = tiny_args(*flags, "--eos-token", ">", "--batch-size", 1)
+    tokenizer = remax.load_policy_tokenizer(args)
+    assert tokenizer.decode(tokenizer.eos_token_id) == ">"
+    remax.load_prompts(args, tokenizer)  # the tail of a turn, <end>, has it now
+
+
+def test_texts_for_a_chat_model_are_said_to_go_without_its_template(capsys):
+    remax.load_prompts(tiny_args(), chat_tokenizer())
+    assert "chat template is not applied" in capsys.readouterr().out
+
+
+def test_a_reward_model_without_template_reads_the_contents_of_a_chat():
+    reward = remax.RewardModel(str(TINY / "reward"), torch.float32)
+    question = [{"role": "user", "content": "How was the plot?"}]
+    answer = [{"role": "assistant", "content": "The plot was superb."}]
+    expected = reward(["How was the plot?\n"], ["The plot was superb."])
+    assert torch.equal(reward([question], [answer]), expected)
+
+
+def test_a_reward_that_changes_its_arguments_changes_no_row(tokenizer):
+    rows = [{"prompt_ids": [5], "prompt_text": "a", "columns": {"prompt": CHAT, "n": [1]}}]
+    before = json.dumps(rows)
+
+    def reward(prompts, completions, n, **kwargs):
+        prompts[0].extend(completions[0])
+        n[0].append(2)
+        assert len(prompts[1]) == 1
+        return [0.0] * len(prompts)
+
+    score(reward, tokenizer, rows, torch.full((2, 3), 5))
+    assert json.dumps(rows) == before
+
+
+def test_a_reward_with_a_gradient_of_its_own_adds_none_to_the_loss(tokenizer):
+    def reward(prompts, **kwargs):
+        return torch.ones(len(prompts), requires_grad=True)
+
+    assert not score(reward, tokenizer, ROWS, torch.full((2, 3), 5)).requires_grad
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_second_run_in_a_living_runs_folder_is_refused(small, tmp_path, capsys, flags):
+    process = start(small, tmp_path, steps=1000)
+    try:
+        code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 1000, *flags)
+        assert code == 1
+        assert "another run is writing" in said[-2]
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert (tmp_path / "metrics.jsonl").stat().st_size >= size > 1000
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_resume_without_a_checkpoint_is_refused_and_wipes_nothing(
+    small, two_steps, tmp_path, capsys
+):
+    shutil.copytree(two_steps, tmp_path / "copy")
+    (tmp_path / "copy/checkpoint.pt").unlink()
+    before = (tmp_path / "copy/metrics.jsonl").read_bytes()
+    for flags in ["--resume"], []:
+        code, said = answer(capsys, *small, "--output-dir", tmp_path / "copy", "--steps", 4, *flags)
+        assert code == 1
+        assert "checkpoint" in said[-2]
+    assert (tmp_path / "copy/metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "copy/model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "reward.py"])
+def test_resume_with_a_changed_file_is_refused(tmp_path, capsys, name):
+    lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    (tmp_path / "reward.py").write_text("def f(prompts, **k):\n    return [1.0] * len(prompts)\n")
+    flags = ["--prompts", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path}/reward.py:f"]
+    flags += ["--batch-size", 8, "--max-new-tokens", 4]
+    go(flags, tmp_path / "run", "--steps", 1)
+    with open(tmp_path / name, "a") as file:
+        file.write("\n")
+    code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run", "--steps", 2, "--resume")
+    assert code == 1
+    assert f"--{name.split('.')[0]} {name}" in said[-2]
+
+
+def test_without_assertions_a_second_run_is_refused_all_the_same(two_steps, small):
+    command = [sys.executable, "-O", remax.__file__, *small, "--output-dir", two_steps]
+    done = subprocess.run([*map(str, command), "--steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "holds a run" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["import sys\nsys.exit(0)", "def f(**k):\n    raise SystemExit"])
+def test_a_reward_that_exits_does_not_exit_0(source, small, tmp_path):
+    (tmp_path / "leaves.py").write_text(source)
+    done = run(*small, "--reward", f"{tmp_path}/leaves.py:f", "--output-dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert "sys.exit()" in done.stderr
+
+
+FORKING = """
+import multiprocessing
+import time
+
+def length(text):
+    return len(text)
+
+def f(completions, **kwargs):
+    process = multiprocessing.Process(target=time.sleep, args=(600,))
+    process.start()
+    process.terminate()
+    process.join()
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(length, completions)
+"""
+
+
+def test_a_reward_that_forks_ends(small, tmp_path):
+    (tmp_path / "forking.py").write_text(FORKING)
+    flags = ["--reward", f"{tmp_path}/forking.py:f", "--steps", 1, "--kl-coef", 0]
+    done = run(*small, *flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reward_may_change_the_working_directory(small, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moves.py").write_text(
+        "import os\ndef f(completions, **k):\n"
+        f"    os.chdir({str(tmp_path / 'elsewhere')!r})\n    return [len(c) for c in completions]"
+    )
+    shutil.copytree(TINY / "policy", tmp_path / "policy")
+    command = [sys.executable, remax.__file__, *small, "--model", "policy"]
+    command += ["--reward", "moves.py:f", "--output-dir", "run", "--steps", "2"]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/checkpoint.pt").exists()
+    assert (tmp_path / "run/model/tokenizer.json").exists()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_moved_checkout_can_be_resumed(small, tmp_path):
+    (tmp_path / "here").mkdir()
+    shutil.copy(remax.__file__, tmp_path / "here")
+    shutil.copytree(TINY, tmp_path / "here/data/tiny")
+    flags = [*map(str, small), "--output-dir", "run", "--steps"]
+    for folder, more in ("here", ["1"]), ("there", ["2", "--resume"]):
+        if folder == "there":
+            (tmp_path / "here").rename(tmp_path / "there")
+        command = [sys.executable, "remax.py", *flags, *more]
+        done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    steps = [row["step"] for row in read_metrics(tmp_path / "there/run") if "reward" in row]
+    assert steps == [1, 2]
+
+
+def test_a_full_disk_is_answered_as_one_and_the_old_checkpoint_survives(small, tmp_path):
+    go(small, tmp_path, "--steps", 2)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    command = [sys.executable, remax.__file__, *small, "--output-dir", tmp_path]
+    done = subprocess.run(
+        [*map(str, command), "--steps", "4", "--resume"],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "--output-dir" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not (tmp_path / "checkpoint.new").exists()
+
+
+def test_a_reward_file_may_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("def g(text):\n    return len(text)")
+    (tmp_path / "imports.py").write_text(
+        "import neighbour_of_mine\ndef f(completions, **k):\n"
+        "    return [neighbour_of_mine.g(c) for c in completions]"
+    )
+    reward = remax.load_reward(tiny_args("--reward", f"{tmp_path}/imports.py:f"), torch.float32)
+    assert reward(completions=["abc"]) == [3]
+
+
+def test_on_a_machine_without_fcntl_sighup_and_fork(small, tmp_path):
+    """As on Windows: the file imports, runs and resumes."""
+    source = (
+        "import sys, os, signal, torch, transformers, datasets\n"
+        "sys.modules['fcntl'] = None\n"
+        "del signal.SIGHUP, os.register_at_fork\n"
+        f"sys.path.insert(0, {str(Path(remax.__file__).parent)!r})\n"
+        "import remax\n"
+        "remax.main(sys.argv[1:])\n"
+    )
+    flags = [*map(str, small), "--output-dir", str(tmp_path / "run")]
+    for more in ["--steps", "1"], ["--steps", "2", "--resume"]:
+        done = subprocess.run(
+            [sys.executable, "-c", source, *flags, *more], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_terminal_that_does_not_know_a_letter_does_not_end_the_run(small, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Фильм был"}\n' * 30)
+    flags = [*small, "--prompts", tmp_path / "p.jsonl", "--steps", 1]
+    done = run(*flags, "--output-dir", tmp_path / "run", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+
+
+# =================================================================================================
 # Sabotage: each fault, put into a copy of remax.py, makes its test fail
 # =================================================================================================
 
@@ -1827,8 +2136,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint written over the old one", 'beside = path.with_suffix(".new")', "beside = path",
      "disk_full_while"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
-    ("new run over an old one", "if metrics.tell() > 0 or path.exists():", "if False:",
-     "neither_overwritten"),
+    ("new run over an old one", "        if path.exists():\n            raise ValueError(",
+     "        if False:\n            raise ValueError(", "neither_overwritten"),
     ("stop that saves nothing", "step % args.save_every == 0 or stop.signal_number or",
      "step % args.save_every == 0 or", "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
@@ -1839,8 +2148,15 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("evaluation moves the noise of training",
      'transformers.set_seed(random.Random(f"{args.seed}/{step}").getrandbits(32))',
      "step > 1 or transformers.set_seed(args.seed)", "same_seed"),
-    ("second BOS", "tokenizer(chats, add_special_tokens=False)", "tokenizer(chats)",
+    ("second BOS", "tokenizer.encode(text, add_special_tokens=False)", "tokenizer.encode(text)",
      "template_once"),
+    ("random weights for missing ones", "    if absent:\n", "    if False:\n", "every_mistake and missing"),
+    ("weights that are not finite", "if not all(parameter.isfinite().all()", "if not all(True or parameter.isfinite().all()",
+     "every_mistake and nan"),
+    ("columns that a reward may spoil", "copy.deepcopy(row[\"columns\"][name])",
+     "row[\"columns\"][name]", "changes_its_arguments"),
+    ("two runs in one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", "living_run"),
+    ("changed prompts file", "digest[:16]", "0", "changed_file"),
     ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
      "figures_are"),
     ("logged loss scaled wrongly", '"loss": mean(loss)', '"loss": mean(loss) / B', "figures_are"),

