@@ -21,6 +21,7 @@ Symbols, in shapes and equations:
 
   python remax.py                        # a tiny GPT-2 on the CPU: under a minute, no download
   python remax.py --model gpt2-large     # one GPU: film reviews, rewarded for being positive
+  torchrun --nproc-per-node 8 remax.py --model gpt2-large     # eight GPUs share each batch
 """
 
 import argparse
@@ -37,6 +38,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +49,7 @@ except ImportError:  # Windows has none: two runs in one folder are not noticed 
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -209,9 +212,27 @@ def micro_batches(prompt, attention_mask, response, mask, size):
         yield rows, T, part
 
 
+def average(tensor):
+    """Under torchrun, make a tensor its mean over all processes; alone, leave it as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def average_gradients(model):
+    """Under torchrun, give every process the mean of all processes' gradients."""
+    if not dist.is_initialized():
+        return
+    for parameter in model.parameters():
+        if parameter.grad is None:  # an expert that no token of this process was sent to
+            parameter.grad = torch.zeros_like(parameter)
+        average(parameter.grad)
+
+
 def mean(values):
-    """The mean of figures (B,), as a Python number."""
-    return values.float().mean().item()
+    """The mean of figures (B,), over the prompts of all processes, as a Python number."""
+    return average(values.float().mean()).item()
 
 
 def remax_step(
@@ -233,6 +254,8 @@ def remax_step(
     dtype,
 ):
     """One update of the policy from B prompts. Returns the step's figures, name -> number.
+
+    Under torchrun each process brings B prompts of its own, and all make the same update.
 
     prompt, attention_mask: (B,P), padded on the left. score: responses (N,T), the sampled ones
     before the greedy ones, -> rewards (N,). reference: a frozen model, or None if kl_coef is 0.
@@ -288,6 +311,7 @@ def remax_step(
         logprobs[rows, :T] = part_logprobs.detach()
 
     # 6. Update. A gradient that is not finite is left out, and counted.
+    average_gradients(policy)  # under torchrun: each process has had its share of the batch
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     if grad_norm.isfinite():
@@ -633,10 +657,12 @@ def score_responses(args, reward, tokenizer, rows, responses):
 
 
 def choose_device(name):
-    """The device of a name such as cpu, cuda or cuda:1."""
+    """The device of a name such as cpu, cuda or cuda:1. torchrun's processes get a GPU each."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA GPU here")
+    if device.type == "cuda" and dist.is_initialized():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"{device.type} is none of cpu, cuda, mps")
     if device.type == "mps":
@@ -769,26 +795,10 @@ def lock(file):
             raise ValueError(f"another run is writing {file.name}") from error
 
 
-def open_run(args, folder):
-    """Return (metrics.jsonl open for appending, the checkpoint to go on from or None)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
-    lock(metrics)
-    path = folder / "checkpoint.pt"
+def read_checkpoint(args, path):
+    """The checkpoint that --resume goes on from, made by the same command; None without it."""
     if not args.resume:
-        if path.exists():
-            raise ValueError(
-                f"{args.output_dir} holds a run: --resume continues it, "
-                "another --output-dir starts a new one"
-            )
-        if metrics.tell() > 0:
-            raise ValueError(
-                f"{args.output_dir} holds a run without a checkpoint: "
-                "delete it, or choose another --output-dir"
-            )
-        (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        return metrics, None
-
+        return None
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -797,8 +807,30 @@ def open_run(args, folder):
         is_longer = name == "steps" and args.steps > int(before)
         if now[name] != before and name not in MAY_CHANGE and not is_longer:
             raise ValueError(f"--{name.replace('_', '-')} {now[name]}: the run has {before}")
-    metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))  # later steps come again
-    return metrics, checkpoint
+    return checkpoint
+
+
+def open_metrics(args, folder, checkpoint):
+    """metrics.jsonl, open for appending, for this process alone; new or as of the checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
+    lock(metrics)
+    if checkpoint is not None:
+        # The steps after the checkpoint come again.
+        metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))
+        return metrics
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(
+            f"{args.output_dir} holds a run: --resume continues it, "
+            "another --output-dir starts a new one"
+        )
+    if metrics.tell() > 0:
+        raise ValueError(
+            f"{args.output_dir} holds a run without a checkpoint: "
+            "delete it, or choose another --output-dir"
+        )
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+    return metrics
 
 
 def save_checkpoint(path, checkpoint):
@@ -836,6 +868,13 @@ class StopRequest:
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
 
+    def agreed(self):
+        """The signal, if there was one in any process: all stop after the same step."""
+        number = torch.tensor(self.signal_number or 0)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
     def install(self):
         for kind in self.kinds:
             signal.signal(kind, self)
@@ -871,6 +910,11 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.folder = Path(args.output_dir).resolve()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        with explain(args, "batch_size"):
+            if args.batch_size % self.processes != 0:
+                raise ValueError(f"the batch does not divide among {self.processes} processes")
         with explain(args, "device"):
             self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.precision, self.device)
@@ -878,7 +922,9 @@ class Run:
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
         with explain(args, "output_dir"):
-            self.metrics, checkpoint = open_run(args, self.folder)
+            checkpoint = read_checkpoint(args, self.folder / "checkpoint.pt")
+            if self.rank == 0:
+                self.metrics = open_metrics(args, self.folder, checkpoint)
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype)
         with explain(args, "model", "gradient_checkpointing"):
@@ -933,6 +979,8 @@ class Run:
                 frozen.to(self.device)
 
     def log(self, row):
+        if self.rank > 0:
+            return
         with explain(self.args, "output_dir"):
             self.metrics.write(json.dumps(row) + "\n")
 
@@ -983,6 +1031,8 @@ class Run:
         return figures, samples
 
     def evaluate_and_log(self, step):
+        if self.rank > 0:
+            return
         figures, samples = self.evaluate()
         self.log({"step": step} | figures)
         tqdm.write(f"step {step}: held-out {in_words(figures, 'eval_')}")
@@ -993,8 +1043,11 @@ class Run:
         """Draw prompts, take one step of the algorithm, log and return its figures."""
         args = self.args
         # Noise that depends on the step alone: a resumed run draws what the whole one drew.
-        transformers.set_seed(random.Random(f"{args.seed}/{step}").getrandbits(32))
-        rows = random.sample(self.training_rows, args.batch_size)
+        seed = random.Random(f"{args.seed}/{step}").getrandbits(32)
+        transformers.set_seed(seed)
+        batch = random.sample(self.training_rows, args.batch_size)
+        rows = batch[self.rank :: self.processes]  # this process's share
+        torch.manual_seed(seed + self.rank)  # and its own noise
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         lr = args.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))  # a cosine to 0
         for group in self.optimizer.param_groups:
@@ -1031,6 +1084,8 @@ class Run:
             )
 
     def save(self, step):
+        if self.rank > 0:
+            return
         checkpoint = {
             "step": step,
             "metrics_bytes": self.metrics.tell(),
@@ -1056,7 +1111,7 @@ class Run:
         skipped_in_a_row, idle_in_a_row = 0, 0
         steps = range(self.steps_done + 1, args.steps + 1)
         # disable=None: no bar where there is no terminal to draw it on.
-        bar = tqdm(steps, initial=self.steps_done, total=args.steps, disable=None)
+        bar = tqdm(steps, initial=self.steps_done, total=args.steps, disable=None, file=sys.stdout)
         for step in bar:
             figures = self.train_step(step)
             if step == steps[0]:
@@ -1078,11 +1133,12 @@ class Run:
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
-            if is_last or step % args.save_every == 0 or stop.signal_number or no_progress:
+            signal_number = stop.agreed()
+            if is_last or step % args.save_every == 0 or signal_number or no_progress:
                 self.save(step)
-            if stop.signal_number:
+            if signal_number:
                 tqdm.write(f"stopped after step {step}: the same command with --resume continues")
-                sys.exit(128 + stop.signal_number)
+                sys.exit(128 + signal_number)
             if no_progress:
                 sys.exit(
                     "remax.py: no finite gradient in 5 steps; a checkpoint is saved\n"
@@ -1247,16 +1303,22 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     stop = StopRequest()
     stop.install()
+    if dist.is_torchelastic_launched():
+        # A reward may take its time: the other processes wait for it.
+        dist.init_process_group(timeout=timedelta(hours=6))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, only the first process speaks
     try:
         run = Run(args)
         run.train(stop)
-        run.save_model()
     except torch.OutOfMemoryError as error:
         names = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
         flags = ", ".join(flag(args, name) for name in names)
         sys.exit(f"remax.py: {str(error).splitlines()[0]}\nlook at {flags}")
-    print_summary(run.folder / "metrics.jsonl")
-    print(f"the trained model is in {args.output_dir}/model")
+    if run.rank == 0:
+        run.save_model()
+        print_summary(run.folder / "metrics.jsonl")
+        print(f"the trained model is in {args.output_dir}/model")
 
 
 if __name__ == "__main__":

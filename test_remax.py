@@ -1396,7 +1396,7 @@ for life in range(13):
         remax.main(args + resume)
         os._exit(0)
     # It dies while it loads, or some rows further on, but not before there is a checkpoint.
-    goal = -1 if resume and life % 4 == 3 else start + chance.randrange(900)
+    goal = -1 if resume and life % 4 == 3 else start + chance.randrange(600)
     while life < 12 and (size() <= goal or not os.path.exists(checkpoint)):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
@@ -1410,11 +1410,11 @@ for life in range(13):
 
 def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tmp_path):
     """kill -9 at random moments, loading and saving included; no row is lost or doubled."""
-    go(small, tmp_path / "whole", "--steps", 80)
+    go(small, tmp_path / "whole", "--steps", 50)
     folders = [ROOT if remax.__file__.startswith(str(ROOT)) else Path(remax.__file__).parent]
     command = [sys.executable, "-c", KILLER, *folders, tmp_path / "killed", *small]
     done = subprocess.run(
-        [*map(str, command), "--steps", "80"], capture_output=True, text=True, timeout=280
+        [*map(str, command), "--steps", "50"], capture_output=True, text=True, timeout=280
     )
     ends = re.findall(r"ended with (\d+)", done.stdout)
     assert ends == ["9"] * 12 + ["0"], done.stderr[-2000:]  # signal 9, and at last a clean exit
@@ -2062,6 +2062,189 @@ def test_a_terminal_that_does_not_know_a_letter_does_not_end_the_run(small, tmp_
 
 
 # =================================================================================================
+# More than one process
+# =================================================================================================
+
+ONE_STEP = """
+import sys
+import torch
+import torch.distributed as dist
+
+folder = sys.argv[1]
+sys.path.insert(0, sys.argv[2])
+import remax
+
+rank, processes = 0, 1
+if dist.is_torchelastic_launched():
+    dist.init_process_group()
+    rank, processes = dist.get_rank(), dist.get_world_size()
+policy, reference, prompts = torch.load(f"{folder}/inputs.pt", weights_only=False)
+prompt = prompts[rank::processes]  # (B,P)
+figures = remax.remax_step(
+    policy,
+    reference,
+    torch.optim.SGD(policy.parameters(), 100.0),
+    torch.amp.GradScaler("cpu", enabled=False),
+    lambda responses: (responses + prompt[:, :1]).float().mean(1),
+    prompt,
+    torch.ones_like(prompt),
+    eos_id=2,
+    pad_id=0,
+    max_new_tokens=6,
+    greedy=False,
+    kl_coef=0.1,
+    micro_batch_size=3,
+    max_grad_norm=0.1,
+    dtype=torch.float32,
+)
+torch.save((policy.state_dict(), figures), f"{folder}/{rank}-of-{processes}.pt")
+"""
+
+RECORD = """
+import sys
+import torch
+
+folder = sys.argv[1]
+sys.path.insert(0, sys.argv[2])
+import remax
+
+class Run(remax.Run):
+    def train(self, stop):
+        super().train(stop)
+        torch.save(self.policy.state_dict(), f"{folder}/weights-{self.rank}.pt")
+
+remax.Run = Run
+remax.main(sys.argv[3:])
+"""
+
+# Slow under torchrun, so that there is time to disturb it.
+SLOW = """
+import os
+import time
+from pathlib import Path
+
+if "RANK" in os.environ:
+    Path(__file__).with_name("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+
+def f(completions, **kwargs):
+    time.sleep(0.2 if "RANK" in os.environ else 0)
+    return [len(text) for text in completions]
+
+def fails(completions, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("no reward here")
+    return f(completions)
+"""
+
+
+def torchrun(*command):
+    """A command in two processes of one thread each, started."""
+    return subprocess.Popen(
+        ["torchrun", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def slow(small, tmp_path):
+    """Flags of a run of 40 steps that is slow under torchrun."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    flags = [*small, "--steps", 40, "--reward", f"{tmp_path}/slow.py:f"]
+    return [*flags, "--output-dir", tmp_path / "run"]
+
+
+def wait_for_steps(process, folder):
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1500):
+        time.sleep(0.01)
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    """Averaged before it is clipped, the gradient of two halves is that of the whole batch."""
+    torch.manual_seed(0)
+    policy = make("llama")
+    policy.lm_head.weight.data *= 2000  # so sure of itself that what it samples is its argmax
+    prompts = torch.randint(3, 31, (8, 5))
+    torch.save((policy, make("llama"), prompts), tmp_path / "inputs.pt")
+    (tmp_path / "step.py").write_text(ONE_STEP)
+    command = [tmp_path / "step.py", tmp_path, Path(remax.__file__).parent]
+    subprocess.run([sys.executable, *command], check=True)
+    process = torchrun(*command)
+    assert process.wait(timeout=120) == 0, process.communicate()
+
+    weights, figures = torch.load(tmp_path / "0-of-1.pt")
+    first_weights, first_figures = torch.load(tmp_path / "0-of-2.pt")
+    second_weights, second_figures = torch.load(tmp_path / "1-of-2.pt")
+    assert figures["grad_norm"] > 0.1  # it was clipped
+    for name, before in policy.state_dict().items():
+        assert torch.equal(first_weights[name], second_weights[name])
+        update = weights[name] - before
+        assert (first_weights[name] - weights[name]).norm() < 1e-3 * update.norm()
+    for name, figure in figures.items():
+        if "seconds" not in name and figure is not None:
+            assert first_figures[name] == second_figures[name]
+            assert first_figures[name] == pytest.approx(figure, rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_of_two_processes(small, tmp_path):
+    (tmp_path / "record.py").write_text(RECORD)
+    flags = [*small, "--steps", 4, "--output-dir", tmp_path / "run"]
+    process = torchrun(tmp_path / "record.py", tmp_path, Path(remax.__file__).parent, *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 4]
+    assert out.count("step 3: reward") == 1  # only the first process speaks
+    first = torch.load(tmp_path / "weights-0.pt")
+    second = torch.load(tmp_path / "weights-1.pt")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_go_on(slow, tmp_path):
+    process = torchrun(remax.__file__, *slow)
+    wait_for_steps(process, tmp_path / "run")
+    first, second = (int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1))
+    os.kill(second, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    remax.main([*map(str, slow), "--resume"])  # one process may continue what two began
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "reward" in row]
+    assert steps == list(range(1, 41))
+
+
+def test_sigterm_to_torchrun_saves(slow, tmp_path):
+    process = torchrun(remax.__file__, *slow, "--save-every", 1000)
+    wait_for_steps(process, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "--resume continues" in out
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "reward" in row]
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert steps == list(range(1, checkpoint["step"] + 1))
+
+
+def test_an_error_in_the_reward_of_one_process_ends_both_and_is_shown(slow):
+    slow = [str(flag).replace("slow.py:f", "slow.py:fails") for flag in slow]
+    process = torchrun(remax.__file__, *slow)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "no reward here" in err
+
+
+def test_a_batch_that_does_not_divide_is_refused(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(remax.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(remax.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(remax.dist, "get_world_size", lambda: 3)
+    code, said = answer(capsys, *small, "--output-dir", tmp_path / "run")
+    assert code == 1
+    assert "3 processes" in said[-2]
+    assert "--batch-size 8" in said[-1]
+
+
+# =================================================================================================
 # Sabotage: each fault, put into a copy of remax.py, makes its test fail
 # =================================================================================================
 
@@ -2136,9 +2319,9 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint written over the old one", 'beside = path.with_suffix(".new")', "beside = path",
      "disk_full_while"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
-    ("new run over an old one", "        if path.exists():\n            raise ValueError(",
-     "        if False:\n            raise ValueError(", "neither_overwritten"),
-    ("stop that saves nothing", "step % args.save_every == 0 or stop.signal_number or",
+    ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
+     "neither_overwritten"),
+    ("stop that saves nothing", "step % args.save_every == 0 or signal_number or",
      "step % args.save_every == 0 or", "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
      "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
@@ -2146,8 +2329,13 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      '            with explain(args, "lr"):\n                figures = self.train_step(step)\n',
      "traceback"),
     ("evaluation moves the noise of training",
-     'transformers.set_seed(random.Random(f"{args.seed}/{step}").getrandbits(32))',
-     "step > 1 or transformers.set_seed(args.seed)", "same_seed"),
+     "        transformers.set_seed(seed)\n"
+     "        batch = random.sample(self.training_rows, args.batch_size)\n"
+     "        rows = batch[self.rank :: self.processes]  # this process's share\n"
+     "        torch.manual_seed(seed + self.rank)",
+     "        step > 1 or transformers.set_seed(args.seed)\n"
+     "        rows = random.sample(self.training_rows, args.batch_size)",
+     "same_seed"),
     ("second BOS", "tokenizer.encode(text, add_special_tokens=False)", "tokenizer.encode(text)",
      "template_once"),
     ("random weights for missing ones", "    if absent:\n", "    if False:\n",
@@ -2171,6 +2359,13 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "when_asked_for"),
     ("sampler not checked", "if difference > LARGEST_DIFFERENCE[self.dtype]:", "if False:",
      "cache_is_wrong"),
+    ("gradients not averaged", "        average(parameter.grad)\n", "        pass\n",
+     "update_of_one"),
+    ("figures of one process", "average(values.float().mean())", "values.float().mean()",
+     "update_of_one"),
+    ("processes that stop at different steps",
+     "dist.all_reduce(number, dist.ReduceOp.MAX)", "number *= 1 - dist.get_rank()",
+     "torchrun_saves"),
 ]  # fmt: skip
 
 
