@@ -810,15 +810,20 @@ def read_checkpoint(args, path):
     return checkpoint
 
 
-def open_metrics(args, folder, checkpoint):
-    """metrics.jsonl, open for appending, for this process alone; new or as of the checkpoint."""
+def open_metrics(folder):
+    """metrics.jsonl, open for appending, by this run alone."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
     lock(metrics)
+    return metrics
+
+
+def begin_metrics(args, folder, metrics, checkpoint):
+    """Refuse to write over a run; cut a resumed one back to its checkpoint."""
     if checkpoint is not None:
         # The steps after the checkpoint come again.
         metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))
-        return metrics
+        return
     if (folder / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.output_dir} holds a run: --resume continues it, "
@@ -830,7 +835,6 @@ def open_metrics(args, folder, checkpoint):
             "delete it, or choose another --output-dir"
         )
     (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-    return metrics
 
 
 def save_checkpoint(path, checkpoint):
@@ -922,9 +926,11 @@ class Run:
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
         with explain(args, "output_dir"):
+            if self.rank == 0:
+                self.metrics = open_metrics(self.folder)
             checkpoint = read_checkpoint(args, self.folder / "checkpoint.pt")
             if self.rank == 0:
-                self.metrics = open_metrics(args, self.folder, checkpoint)
+                begin_metrics(args, self.folder, self.metrics, checkpoint)
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype)
         with explain(args, "model", "gradient_checkpointing"):

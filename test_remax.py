@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -2416,6 +2417,98 @@ COMMANDS = re.findall(r"^ *(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_parses(command):
     remax.parse_args(command.split())
+
+
+def spread(logs, column, step=None, last=None):
+    """'mean +- standard deviation' over runs: of one row, the last one, or the last rows' mean."""
+    values = []
+    for log in logs:
+        rows = [row for row in log if row.get(column) is not None]
+        if step is not None:
+            rows = [row for row in rows if row["step"] == step]
+        rows = rows[-(last or 1) :]
+        values.append(statistics.mean(row[column] for row in rows))
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def in_table(mean_and_deviation, digits=2):
+    mean, deviation = mean_and_deviation
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def arm_logs(experiment, arm):
+    folder = DATA / "results" / experiment
+    paths = sorted(folder.glob(f"{arm}-[0-9].jsonl"))
+    return [[json.loads(line) for line in open(path)] for path in paths]
+
+
+EVALUATED = ("eval_reward", "eval_greedy_reward", "eval_kl")
+
+
+def quoted_rows():
+    """The rows of the README's tables, made from the logs."""
+    rows = []
+    for experiment, names in (
+        ("smollm2", ("ReMax", "REINFORCE (`--baseline none`)")),
+        ("tiny", ("ReMax", "REINFORCE")),
+    ):
+        for name, arm in zip(names, ("remax", "reinforce"), strict=True):
+            logs = arm_logs(experiment, arm)
+            digits = 3 if experiment == "tiny" else 2
+            cells = [in_table(spread(logs, c), 2 if "kl" in c else digits) for c in EVALUATED]
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    for arm, name in (("remax", "ReMax"), ("reinforce", "REINFORCE")):
+        for c in 0, 5:
+            logs = arm_logs("shift", f"{arm}-{c}")
+            early, late = (spread(logs, "reward", step=15), spread(logs, "eval_reward"))
+            cells = [in_table((mean - c, deviation)) for mean, deviation in (early, late)]
+            cells += [in_table(spread(logs, "eval_kl"), 1)]
+            cells += [in_table(spread(logs, "grad_norm", last=20), 1)]
+            rows.append(f"| {name}, c = {c} | {' | '.join(cells)} |")
+    for row in read_results("smollm2_vs_rloo.jsonl"):
+        name = {"rloo": "RLOO", "remax": "ReMax"}[row["kind"]]
+        end = row["evaluations"][-1]
+        rows.append(
+            f"| {name} | {row['lr']:.0e} | {end['eval_reward']:.2f} | {end['eval_kl']:.1f} "
+            f"| {row['seconds_per_step']:.0f} | {row['peak_resident_gb']:.1f} |"
+        )
+    peaks = {}
+    for row in read_results("memory.jsonl"):
+        peaks.setdefault(row["flags"], []).append(f"{row['peak_gb']:.1f}")
+    return rows + [f"| {flags} | {' | '.join(gb)} |" for flags, gb in peaks.items()]
+
+
+def test_the_tables_of_the_readme_are_the_logs():
+    for row in quoted_rows():
+        assert row in README, row
+
+
+def test_the_other_figures_of_the_readme_are_the_logs():
+    before = arm_logs("smollm2", "remax")[0][0]
+    (chat,), (strict,) = arm_logs("chat", "remax"), arm_logs("smollm2_kl", "remax")
+    first, last = ([row for row in chat if "eval_reward" in row][i] for i in (0, -1))
+    start = [row["ratio"] for row in read_results("variance.jsonl") if row["model"] == "start"]
+    end = [row["ratio"] for row in read_results("variance.jsonl") if row["model"] == "end"]
+    for sentence in (
+        f"| before | {before['eval_reward']:.2f} | {before['eval_greedy_reward']:.2f} | 0 |",
+        f"the KL falls to {strict[-1]['eval_kl']:.1f}, and the reward to "
+        f"{strict[-1]['eval_reward']:.2f}",
+        f"greedy answers went from {first['eval_greedy_reward']:.0%} to "
+        f"{last['eval_greedy_reward']:.0%} right",
+        f"sampled ones from {first['eval_reward']:.1%} to {last['eval_reward']:.1%}",
+        "variance is {:.2f}, {:.2f} and {:.2f} of REINFORCE's".format(*start),
+        "it is {:.2f}, {:.2f} and {:.2f} of it".format(*end),
+    ):
+        assert sentence in TEXT, sentence
+
+
+def test_the_loop_of_the_readme_works_as_it_stands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(source, {})
+    rewards = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) > sum(rewards[:5])
 
 
 def test_plot_draws_any_runs(tmp_path):

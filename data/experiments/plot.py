@@ -2,6 +2,7 @@
 """Reward, greedy reward, KL and gradient norm of any runs of remax.py against the step.
 
     python data/experiments/plot.py --out figure.svg --arm ReMax runs/a runs/b --arm RLOO runs/c
+    python data/experiments/plot.py --out data/results/headline.svg --headline    # the README's
 
 After --arm comes its label, then its runs: output folders, or metrics .jsonl files. Several runs of
 an arm become their mean and a band of +- 1 standard deviation. Lines are the batches trained on,
@@ -65,23 +66,52 @@ def curve(runs, key):
     return sorted(values), *(np.array([f(values[s]) for s in sorted(values)]) for f in (mean, sd))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, type=Path, help="the figure, .svg or .png")
-    parser.add_argument(
-        "--arm",
-        required=True,
-        action="append",
-        nargs="+",
-        metavar=("LABEL", "RUN"),
-        help="a label and its runs; once per arm",
-    )
-    args = parser.parse_args(argv)
-    if (suffix := args.out.suffix) not in (".svg", ".png"):
-        parser.error(f"--out {args.out}: .svg or .png")
-    if min(map(len, args.arm)) < 2:
-        parser.error("--arm: a label, then at least one run")
-    arms = [(label, list(map(read, paths))) for label, *paths in args.arm]
+def logs(experiment, arm):
+    """The committed runs of one arm of an experiment."""
+    folder = Path(__file__).resolve().parent.parent / "results" / experiment
+    return [read(path) for path in sorted(folder.glob(f"{arm}-[0-9].jsonl"))]
+
+
+def smooth(values, width=5):
+    """The mean of each value and up to width - 1 before it."""
+    return np.array([values[max(0, i + 1 - width) : i + 1].mean() for i in range(len(values))])
+
+
+def line(ax, runs, key, label, colour, style, minus=0.0):
+    """Mean and band over runs, smoothed over five steps."""
+    steps, mean, sd = curve(runs, key)
+    mean, sd = smooth(mean) - minus, smooth(sd)
+    ax.plot(steps, mean, style, color=colour, label=label, lw=1.8)
+    ax.fill_between(steps, mean - sd, mean + sd, alpha=0.15, lw=0, fc=colour)
+
+
+def draw_headline():
+    """The real model, and the reward with a constant added. Dashes tell the arms apart in grey."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    blue, orange = COLOURS[:2]
+    left.set_title("SmolLM2-135M, sentiment reward, 3 seeds")
+    remax, reinforce = logs("smollm2", "remax"), logs("smollm2", "reinforce")
+    line(left, remax, "greedy_reward", "ReMax, greedy response", blue, ":")
+    line(left, remax, "reward", "ReMax", blue, "-")
+    line(left, reinforce, "reward", "REINFORCE", orange, "--")
+    left.set_ylabel("reward")
+    right.set_title("Tiny world, reward + c, 5 seeds")
+    for c, remax_style, reinforce_style in ((0, "-", "--"), (5, ":", "-.")):
+        for arm, colour, style in (
+            ("ReMax", blue, remax_style),
+            ("REINFORCE", orange, reinforce_style),
+        ):
+            runs = logs("shift", f"{arm.lower()}-{c}")
+            line(right, runs, "reward", f"{arm}, c = {c}", colour, style, minus=c)
+    right.set_ylabel("reward without c")
+    for ax in left, right:
+        ax.set_xlabel("step")
+        ax.legend(loc="lower right")
+    return figure
+
+
+def draw_arms(arms):
+    """Four panels of any runs."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True, layout="constrained")
     axes[0, 0].sharey(axes[0, 1])  # before anything is drawn
     for ax, (title, key, evaluated) in zip(axes.flat, PANELS, strict=True):
@@ -99,6 +129,32 @@ def main(argv=None):
     handles = axes[0, 0].get_legend_handles_labels()[0] + [dot]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
     figure.supxlabel("step", fontsize=9)
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the figure, .svg or .png")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--headline", action="store_true", help="the README's figure")
+    what.add_argument(
+        "--arm",
+        action="append",
+        nargs="+",
+        metavar=("LABEL", "RUN"),
+        help="a label and its runs; once per arm",
+    )
+    args = parser.parse_args(argv)
+    if (suffix := args.out.suffix) not in (".svg", ".png"):
+        parser.error(f"--out {args.out}: .svg or .png")
+    if args.headline:
+        figure = draw_headline()
+    else:
+        if min(map(len, args.arm)) < 2:
+            parser.error("--arm: a label, then at least one run")
+        figure = draw_arms([(label, list(map(read, paths))) for label, *paths in args.arm])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None, "Creator": None} if suffix == ".svg" else None
     figure.savefig(args.out, dpi=150, metadata=metadata)
