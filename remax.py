@@ -74,8 +74,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     prompt, attention_mask: (B,P), padded on the left.
     Returns response (B,T), greedy_response (B,T), or (0,T) without greedy, both pad_id after the
     first eos_id, and logprobs (B,T): of each sampled token, in nats, as it was drawn.
-    Raises ValueError for a model that keeps no cache (Mamba, RWKV, BERT): token by token it would
-    see nothing of what came before.
+    Raises ValueError for a model whose cache does not hold all that it has read (Mamba, RWKV,
+    BERT): token by token it would see nothing of what came before.
 
     Why not generate()? It samples from the 50 likeliest tokens unless told otherwise
     (transformers#38549) and obeys the checkpoint's generation_config (trl#5783). That is not pi.
@@ -91,13 +91,17 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             inputs,
             attention_mask=attention_mask,
             position_ids=positions[:, -inputs.size(1) :],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise ValueError(f"{type(policy).__name__} returns no past_key_values to decode with")
+        try:
+            cache = output.cache  # before transformers 5.24 it was called past_key_values
+            tokens_in_cache = cache.get_seq_length()
+        except (AttributeError, ValueError):  # there is none, or it is a state without a length
+            tokens_in_cache = 0
+        if tokens_in_cache < attention_mask.size(1):
+            raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
         logits = output.logits[:, -1].float()  # (2B,V)
         if greedy and t == 0:  # each prompt was read once; from here on it has two rows
             two_rows_each = torch.arange(B, device=prompt.device).repeat(2)  # (2B,)

@@ -243,7 +243,7 @@ FAMILIES = {
     ),
 }
 
-# Their output carries no cache.
+# Their output carries no cache, or one that does not count the tokens it has read.
 REFUSED = {
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
@@ -643,7 +643,20 @@ def test_rollout_without_left_padding():
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_model_that_keeps_no_cache_is_refused_by_name(family):
     model = make(family)
-    with pytest.raises(ValueError, match=f"{type(model).__name__}.*past_key_values"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} keeps no cache"):
+        remax.rollout(model, *prompts(), 3, EOS, PAD)
+
+
+def test_a_model_that_is_deaf_to_its_cache_is_refused_by_name(monkeypatch):
+    """Before transformers 5.24 the argument had another name, and **kwargs swallows this one."""
+    model = make("llama")
+    forward = model.forward
+
+    def deaf(*args, cache, **kwargs):
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", deaf)
+    with pytest.raises(ValueError, match="LlamaForCausalLM keeps no cache"):
         remax.rollout(model, *prompts(), 3, EOS, PAD)
 
 
@@ -2293,7 +2306,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "            cache.reorder_cache(two_rows_each.flip(0))\n", "generate"),
     ("sampler's log-probs of another token", "probabilities.gather(1, sampled)",
      "probabilities.gather(1, probabilities.argmax(1, keepdim=True))", "rollout_is_the_policy"),
-    ("no cache, no refusal", "if cache is None:", "if False:", "keeps_no_cache"),
+    ("no cache, no refusal", "if tokens_in_cache < attention_mask.size(1):", "if False:",
+     "keeps_no_cache"),
     ("reward scored on prompt + response twice", 'text[len(row["prompt_text"]) :]', "text",
      "aligned"),
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
