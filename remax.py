@@ -2,12 +2,13 @@
 """ReMax in one file: REINFORCE whose baseline is the reward of the policy's own greedy response.
 
 One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Algorithm 1):
-  1. Roll out    For each prompt x draw a response y ~ pi(.|x) and decode the greedy one, ybar.
-  2. Score       Reward r = r(x, y), baseline b = r(x, ybar).
-  3. Mask        A response ends with its first EOS; everything after it is padding.
-  4. Reference   Log-probs of y under pi_ref, the frozen model that training started from.
-  5. Gradient    Of -sum_t log pi(y_t|x,y_<t) * A_t, A_t = r - b - beta sum_{s>=t} log(pi/pi_ref).
-  6. Update      Clip the gradient norm, take one optimizer step, throw the rollout away.
+  1. Roll out: for each prompt x draw a response y ~ pi(.|x) and decode the greedy one, ybar.
+  2. Score: the reward r = r(x, y) and the baseline b = r(x, ybar).
+  3. Mask: a response ends with its first EOS; everything after it is padding.
+  4. Reference: the log-probs of y under pi_ref, the frozen model that training started from.
+  5. Gradient: of -sum_t log pi(y_t|x,y_<t) * A_t, where A_t is held constant and is
+     r - b - beta * sum_{s>=t} log(pi(y_s|x,y_<s) / pi_ref(y_s|x,y_<s)).
+  6. Update: clip the gradient norm, take one optimizer step, throw the rollout away.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response is the baseline;
@@ -15,9 +16,12 @@ What PPO has and ReMax does not need:
   - several epochs over one rollout, and advantages divided by their standard deviation.
 
 Symbols, in shapes and equations:
-  B prompts, P prompt tokens (padded on the left), T response tokens (padded on the right),
-  V vocabulary; x prompt, y response, ybar greedy response, r reward, b baseline, A advantage,
-  pi policy, pi_ref reference, beta kl_coef.
+  B  prompts in a batch                         x       prompt
+  P  tokens of a prompt, padded on the left     y       response, drawn from the policy
+  T  tokens of a response, padded on the right  ybar    greedy response
+  V  tokens in the vocabulary                   r, b    reward, and baseline: the reward of ybar
+  pi, pi_ref  policy and reference              A       advantage
+                                                beta    kl_coef, the price of a nat of KL
 
   python remax.py                        # a tiny GPT-2 on the CPU: under a minute, no download
   python remax.py --model gpt2-large     # one GPU: film reviews, rewarded for being positive
@@ -72,8 +76,9 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
 
     policy: a Hugging Face causal language model in eval() mode.
     prompt, attention_mask: (B,P), padded on the left.
-    Returns response (B,T), greedy_response (B,T), or (0,T) without greedy, both pad_id after the
-    first eos_id, and logprobs (B,T): of each sampled token, in nats, as it was drawn.
+    Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
+    logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
+    With greedy=False greedy_response is (0,T).
     Raises ValueError for a model whose cache does not hold all that it has read (Mamba, RWKV,
     BERT): token by token it would see nothing of what came before.
 
@@ -81,12 +86,18 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     (transformers#38549) and obeys the checkpoint's generation_config (trl#5783). That is not pi.
     """
     B = len(prompt)
-    inputs = prompt  # (B,P) in the first pass, then the newest tokens, (2B,1)
+    if greedy:  # two rows a prompt: the first B are sampled, the last B are greedy
+        prompt = prompt.repeat(2, 1)  # (N,P): N is 2B with greedy rows, and B without
+        attention_mask = attention_mask.repeat(2, 1)  # (N,P)
+    N = len(prompt)
+
     cache = None
+    inputs = prompt  # (N,P) at first, then the newest token of each row, (N,1)
+    done = torch.zeros(N, 1, dtype=torch.bool, device=prompt.device)  # (N,1)
     tokens, logprobs = [], []
-    done = torch.zeros(2 * B if greedy else B, 1, dtype=torch.bool, device=prompt.device)
-    for t in range(max_new_tokens):
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (2B,P+t)
+    for _ in range(max_new_tokens):
+        # Padding is no position: the first real token of each row is at 0.
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P+t)
         output = policy(
             inputs,
             attention_mask=attention_mask,
@@ -96,31 +107,29 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             logits_to_keep=1,
         )
         try:
-            cache = output.cache  # before transformers 5.24 it was called past_key_values
+            cache = output.cache  # transformers before 5.24 calls it past_key_values, above too
             tokens_in_cache = cache.get_seq_length()
         except (AttributeError, ValueError):  # there is none, or it is a state without a length
             tokens_in_cache = 0
         if tokens_in_cache < attention_mask.size(1):
             raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
-        logits = output.logits[:, -1].float()  # (2B,V)
-        if greedy and t == 0:  # each prompt was read once; from here on it has two rows
-            two_rows_each = torch.arange(B, device=prompt.device).repeat(2)  # (2B,)
-            cache.reorder_cache(two_rows_each)
-            logits = logits[two_rows_each]  # (2B,V)
-            attention_mask = attention_mask[two_rows_each]  # (2B,P)
 
+        logits = output.logits[:, -1].float()  # (N,V)
         probabilities = logits[:B].softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
-        best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t, or (0,1) without greedy
         logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
+        newest = sampled
+        if greedy:
+            best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
+            newest = torch.cat([sampled, best])  # (N,1)
 
-        inputs = torch.cat([sampled, best]).masked_fill(done, pad_id)  # (2B,1)
+        inputs = newest.masked_fill(done, pad_id)  # (N,1)
         tokens.append(inputs)
         done = done | (inputs == eos_id)
         if done.all():
             break
-        attention_mask = torch.cat([attention_mask, torch.ones_like(inputs)], 1)  # (2B,P+t+1)
-    tokens = torch.cat(tokens, 1)  # (2B,T)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(inputs)], 1)  # (N,P+t+1)
+    tokens = torch.cat(tokens, 1)  # (N,T)
     return tokens[:B], tokens[B:], torch.cat(logprobs, 1)
 
 
@@ -151,47 +160,59 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
         attention_mask=attention_mask,
         position_ids=positions,
         use_cache=False,
-        logits_to_keep=T + 1,
-    ).logits[:, -T - 1 : -1]  # (B,T,V): the logits of one column predict the token of the next
+        logits_to_keep=T + 1,  # some models ignore it, so the slice below cuts again
+    ).logits
+    logits = logits[:, -T - 1 : -1]  # (B,T,V): the logits of one column predict the next token
 
-    def log_softmax_at(logits, token):  # (T,V), (T,) -> (T,)
+    # logits.float().log_softmax(-1).gather(-1, response[..., None])[..., 0] would be the same,
+    # but would keep float32 copies of all logits for the backward pass. This goes row by row, and
+    # checkpoint() computes each row again in the backward pass.
+    def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
-        return logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+        return row_logits.float().log_softmax(-1).gather(1, row_tokens[:, None])[:, 0]
 
-    logprobs = []
+    rows = []
     for row_logits, row_tokens in zip(logits, response, strict=True):
-        # Recomputed in the backward pass, row by row: no float32 copy of all logits is ever kept.
-        row = checkpoint(log_softmax_at, row_logits, row_tokens, use_reentrant=False)  # (T,)
-        logprobs.append(row)
-    return torch.stack(logprobs).masked_fill(mask == 0, 0.0)  # (B,T)
+        rows.append(checkpoint(row_logprobs, row_logits, row_tokens, use_reentrant=False))
+    return torch.stack(rows).masked_fill(mask == 0, 0.0)  # (B,T)
 
 
-# Why this loss has the gradient of E[r] - beta * KL(pi || pi_ref), turned round for descent:
-#   sum_y pi(y|x) = 1          so  E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0.
-#   b depends on x alone       so  E[b * grad log pi] = b * 0: any such b may be subtracted. The
-#                                  greedy response is fixed by x and the weights: it may be b.
-#   A token cannot undo        so  E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0 in the same way: what
-#   what came before it            was paid for past tokens drops out, only the KL to go is left.
-#   log pi inside the KL       has a gradient of its own, but E[1 * grad log pi] = 0 again:
-#                                  the KL may be detached, as if it were part of the reward.
+# Where this loss comes from. The goal is a large E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
+#
+# 1. grad pi = pi * grad log pi, so grad E[r] = sum_y r * grad pi(y|x) = E[r * grad log pi(y|x)].
+#    One drawn y gives an unbiased estimate of it. This is REINFORCE.
+# 2. log pi(y|x) = sum_t log pi(y_t|x,y_<t), as y is drawn token by token. So the loss is a sum over
+#    tokens, and not a mean.
+# 3. sum_y pi(y|x) = 1, so E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0. It stays 0 times
+#    any b that is fixed before y is drawn: such a b may be subtracted from r. The greedy response
+#    is fixed by x and the weights, so its reward is such a b. No gradient goes through b.
+# 4. In the same way E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0: what was fixed before token t drops
+#    out of its weight. So a token is charged only for the KL from t on.
+# 5. KL = E[sum_t log(pi / pi_ref)]: one more term of the reward. It may be detached like a reward,
+#    since the gradient of the log pi inside it is E[1 * grad log pi], which is 0 by 3.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1; full-step KL of App. B).
 
     logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
     alone. With baseline = 0 this is REINFORCE, literally.
-    By hand, one row: logprobs (-1, -2), ref_logprobs (-1.5, -1), r = 1, b = 0.4, beta = 0.1: KL is
-    (0.5, -1), to go (-0.5, -1), A = (0.6 + 0.05, 0.6 + 0.1), loss = 1 * 0.65 + 2 * 0.7 = 2.05.
+
+    By hand, one row of two tokens, with r = 1, b = 0.4 and beta = 0.1:
+      logprobs -1, -2   ref_logprobs -1.5, -1   kl 0.5, -1   kl_to_go -0.5, -1
+      A = 0.6 + 0.05, 0.6 + 0.1 = 0.65, 0.7     loss = 1 * 0.65 + 2 * 0.7 = 2.05.
     """
     kl = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
     kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T): sum over all s >= t
     advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go  # (B,T)
-    # Summed over tokens: a mean would make a token of a short answer count more than of a long one.
+    # log pi(y|x) is a sum over tokens. A mean would favour the tokens of short responses.
     return -(logprobs * advantage * mask).sum(1).mean()
 
 
 @contextmanager
 def weights_as(model, dtype):
-    """Inside, the model's weights are in dtype: decoding reads all of them for every token."""
+    """Inside, the model's weights are in dtype; outside, they are its own again.
+
+    Decoding reads all weights for every token: in 16 bits it reads half as many bytes.
+    """
     own_weights = [parameter.data for parameter in model.parameters()]
     try:
         for parameter in model.parameters():
@@ -203,40 +224,45 @@ def weights_as(model, dtype):
 
 
 def micro_batches(prompt, attention_mask, response, mask, size):
-    """Cut a batch into parts of at most `size` rows of like length, without columns of padding.
+    """Cut a batch into parts of at most `size` rows, which go through the models one by one.
 
-    prompt, attention_mask: (B,P); response, mask: (B,T). Yields rows, the indices (N,) of the
-    part's rows, T, the tokens of its longest response, and its four tensors.
+    Columns of padding cost as much as others. So rows of like length share a part, and each part
+    is cut to its longest prompt and response.
+
+    prompt, attention_mask: (B,P); response, mask: (B,T).
+    Yields (rows, T, inputs) for each part: the indices (N,) of its rows, the tokens of its longest
+    response, and its prompt, attention_mask, response and mask, as token_logprobs takes them.
     """
-    by_length = mask.sum(1).argsort()  # (B,)
-    for rows in by_length.split(size):
-        P = attention_mask[rows].sum(1).max()
-        T = mask[rows].sum(1).max()
-        part = prompt[rows, -P:], attention_mask[rows, -P:], response[rows, :T], mask[rows, :T]
-        yield rows, T, part
+    rows_by_length = mask.sum(1).argsort()  # (B,)
+    for rows in rows_by_length.split(size):
+        P = attention_mask[rows].sum(1).max().item()
+        T = mask[rows].sum(1).max().item()
+        inputs = (prompt[rows, -P:], attention_mask[rows, -P:], response[rows, :T], mask[rows, :T])
+        yield rows, T, inputs
 
 
-def average(tensor):
-    """Under torchrun, make a tensor its mean over all processes; alone, leave it as it is."""
+def average_over_processes(tensor):
+    """The mean of a tensor over the processes of torchrun, in place. Alone it stays as it is."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
-    return tensor
 
 
 def average_gradients(model):
-    """Under torchrun, give every process the mean of all processes' gradients."""
+    """Give every process of torchrun the mean of all processes' gradients."""
     if not dist.is_initialized():
         return
     for parameter in model.parameters():
-        if parameter.grad is None:  # an expert that no token of this process was sent to
+        if parameter.grad is None:  # a part of a mixture of experts may have had nothing to do
             parameter.grad = torch.zeros_like(parameter)
-        average(parameter.grad)
+        average_over_processes(parameter.grad)
 
 
-def mean(values):
-    """The mean of figures (B,), over the prompts of all processes, as a Python number."""
-    return average(values.float().mean()).item()
+def batch_mean(values):
+    """The mean of figures (B,), or of one, over the whole batch of all processes: a number."""
+    mean = values.float().mean()
+    average_over_processes(mean)
+    return mean.item()
 
 
 def remax_step(
@@ -265,7 +291,9 @@ def remax_step(
     before the greedy ones, -> rewards (N,). reference: a frozen model, or None if kl_coef is 0.
     dtype: what to compute in; the weights stay in float32. greedy False: b = 0, plain REINFORCE.
     """
-    B, device = len(prompt), prompt.device
+    B = len(prompt)
+    device = prompt.device
+    # Without its cache, which would hold a 16-bit copy of every weight.
     autocast = torch.autocast(
         device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
     )
@@ -292,16 +320,16 @@ def remax_step(
     # 4. Reference.
     ref_logprobs = torch.zeros(mask.shape, device=device)  # (B,T)
     if reference is not None:
-        for rows, T, part in parts:
+        for rows, T, inputs in parts:
             with torch.no_grad(), autocast:
-                ref_logprobs[rows, :T] = token_logprobs(reference, *part)
+                ref_logprobs[rows, :T] = token_logprobs(reference, *inputs)
 
     # 5. Gradient. Gradient checkpointing needs train() mode; there is no dropout to fear.
     policy.train()
     logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
-    for rows, T, part in parts:
+    for rows, T, inputs in parts:
         with autocast:
-            part_logprobs = token_logprobs(policy, *part)  # (N,T)
+            part_logprobs = token_logprobs(policy, *inputs)  # (N,T)
         part_loss = remax_loss(
             part_logprobs,
             ref_logprobs[rows, :T],
@@ -310,8 +338,9 @@ def remax_step(
             baseline[rows],
             kl_coef,
         )
-        # One denominator for the whole batch: the micro-batch size does not change the gradient.
-        scaler.scale(part_loss * len(rows) / B).backward()
+        # Each part counts by its rows: the micro-batch size does not change the gradient.
+        share = len(rows) / B
+        scaler.scale(part_loss * share).backward()
         logprobs[rows, :T] = part_logprobs.detach()
 
     # 6. Update. A gradient that is not finite is left out, and counted.
@@ -329,16 +358,16 @@ def remax_step(
     difference = ((logprobs - sampling_logprobs).abs() * mask).sum(1)  # (B,)
     loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
     return {
-        "reward": mean(reward),
-        "greedy_reward": mean(baseline) if greedy else None,
-        "advantage": mean(reward - baseline),
-        "zero_advantage": mean(reward == baseline),
-        "kl": mean(kl) if reference is not None else None,
-        "entropy": mean(-logprobs.sum(1)) / mean(tokens),
-        "tokens": mean(tokens),
-        "eos": mean((response == eos_id).any(1)),
-        "sampling_logp_difference": mean(difference) / mean(tokens),
-        "loss": mean(loss),
+        "reward": batch_mean(reward),
+        "greedy_reward": batch_mean(baseline) if greedy else None,
+        "advantage": batch_mean(reward - baseline),
+        "zero_advantage": batch_mean(reward == baseline),
+        "kl": batch_mean(kl) if reference is not None else None,
+        "entropy": batch_mean(-logprobs.sum(1)) / batch_mean(tokens),
+        "tokens": batch_mean(tokens),
+        "eos": batch_mean((response == eos_id).any(1)),
+        "sampling_logp_difference": batch_mean(difference) / batch_mean(tokens),
+        "loss": batch_mean(loss),
         "grad_norm": grad_norm.item(),
         "skipped": float(not grad_norm.isfinite()),
         "rollout_seconds": rollout_time - start_time,
@@ -366,40 +395,46 @@ BAD_INPUT = (
 HERE = Path(__file__).resolve().parent
 
 
-def shown(path):
-    """A path below this file's folder without that folder, so that lines stay short."""
+def short_path(path):
+    """A path without this file's folder in front, so that lines stay short."""
     return str(path).removeprefix(f"{HERE}{os.sep}")
 
 
-def without_function(path):
-    """FILE.py of FILE.py:FUNCTION; any other path as it is."""
-    return path.rpartition(":")[0] if ".py:" in path else path
+def file_of(name):
+    """FILE.py of FILE.py:FUNCTION; any other name as it is."""
+    file, _, _ = name.rpartition(":")
+    return file if file.endswith(".py") else name
 
 
-def flag(args, name):
-    return f"--{name.replace('_', '-')} {shown(getattr(args, name))}"
+def as_typed(args, name):
+    """A flag and its value, as a person would type them."""
+    return f"--{name.replace('_', '-')} {short_path(getattr(args, name))}"
 
 
 @contextmanager
 def explain(args, *names):
-    """Answer bad input in two lines: what is wrong, and the flags to look at. No traceback."""
+    """Answer bad input in two lines and exit: what is wrong, and the flags to look at.
+
+    It stands around the loading of what a person gave, and around nothing else: a mistake in this
+    file keeps its traceback.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise  # main() knows the remedies
     except BAD_INPUT as error:
-        if isinstance(error, datasets.exceptions.DatasetGenerationError):
-            error = error.__cause__ or error  # the reason is in there
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__  # it says what is wrong with the file
         reason = str(error).strip() or type(error).__name__
-        flags = ", ".join(flag(args, name) for name in names)
+        flags = ", ".join(as_typed(args, name) for name in names)
         sys.exit(f"remax.py: {reason.splitlines()[0]}\nlook at {flags}")
 
 
 def load_tokenizer(name, **options):
-    """AutoTokenizer, but a folder that holds none is an error: it would read every text alike."""
+    """AutoTokenizer. Raises ValueError for a folder without one: all texts would look alike."""
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"{shown(name)} holds no tokenizer")
+        raise ValueError(f"{short_path(name)} holds no tokenizer")
     return tokenizer
 
 
@@ -408,7 +443,7 @@ def load_policy_tokenizer(args):
     tokenizer = load_tokenizer(args.model)
     if args.eos_token is not None:
         if len(tokenizer.encode(args.eos_token, add_special_tokens=False)) != 1:
-            raise ValueError(f"{args.eos_token} is no token of the policy's tokenizer")
+            raise ValueError(f"{args.eos_token} is not one token of the policy's tokenizer")
         tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
         raise ValueError("its tokenizer has no EOS, so no response would end: name one")
@@ -431,25 +466,36 @@ def read_dataset(name):
     """The rows of a file, by its suffix, or of the training split of a dataset on the hub."""
     path = Path(name)
     suffix = Path(name.lower().removesuffix(".gz")).suffix
-    if not path.exists() and suffix in FILE_FORMATS:
-        raise FileNotFoundError(f"there is no file {name}")  # the hub would be asked for it
-    if not path.is_file():
-        return datasets.load_dataset(name, split="train")
-    if suffix not in FILE_FORMATS:
-        raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name} is empty")
-    kind, options = FILE_FORMATS[suffix]
-    # Escaped, or datasets would take a [, * or ? in the name for a wildcard.
-    dataset = datasets.load_dataset(kind, data_files=glob.escape(name), split="train", **options)
-    return dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset
+    if path.is_file():
+        if suffix not in FILE_FORMATS:
+            raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name} is empty")
+        kind, options = FILE_FORMATS[suffix]
+        # Escaped: datasets would take a [, * or ? in the name for a wildcard.
+        file = glob.escape(name)
+        dataset = datasets.load_dataset(kind, data_files=file, split="train", **options)
+        if suffix == ".txt":
+            dataset = dataset.rename_column("text", "prompt")
+        return dataset
+    if suffix in FILE_FORMATS and not path.exists():
+        raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
+    return datasets.load_dataset(name, split="train")
 
 
-def check_chat(number, chat):
-    """Refuse what a template would render as nonsense; number is the row's."""
-    for message in chat:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"row {number} has a message without role or content: {message!r:.60}")
+def check_kind(prompts):
+    """Raise ValueError unless all prompts are texts, or all are chats of {role, content}."""
+    kind = list if isinstance(prompts[0], list) else str
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, kind):
+            raise ValueError(f"row {number} is not a {kind.__name__}, as row 1 is: {prompt!r:.60}")
+        if kind is str:
+            continue
+        for message in prompt:
+            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+                raise ValueError(
+                    f"row {number} has a message without role or content: {message!r:.60}"
+                )
 
 
 def check_end_of_turn(tokenizer):
@@ -457,7 +503,7 @@ def check_end_of_turn(tokenizer):
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
-    end = text[text.rindex(content) + len(content) :]
+    _, _, end = text.rpartition(content)
     if tokenizer.eos_token not in end:
         raise ValueError(
             f"the template ends a turn with {end!r}, which lacks EOS {tokenizer.eos_token!r}: "
@@ -465,60 +511,70 @@ def check_end_of_turn(tokenizer):
         )
 
 
-def read_prompts(args, tokenizer):
-    """Return (dataset, prompts, token ids), three of one length; a prompt is a text or a chat."""
-    dataset = read_dataset(args.prompts)
-    if args.prompt_column not in dataset.column_names:
-        raise ValueError(f"its columns are {', '.join(dataset.column_names)}")
-    if len(dataset) == 0:
-        raise ValueError("there are 0 prompts")
-    prompts = dataset[args.prompt_column][:]
-    kind = list if isinstance(prompts[0], list) else str
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, kind):
-            raise ValueError(f"row {number} is no {kind.__name__} as a prompt: {prompt!r:.60}")
-    if kind is str:
-        if tokenizer.chat_template is not None:
-            print("the prompts are texts: the policy's chat template is not applied")
-        return dataset, prompts, tokenizer(prompts)["input_ids"]
-
+def encode_chats(tokenizer, chats):
+    """The token ids of each chat, through the template, up to where the answer begins."""
     check_end_of_turn(tokenizer)
     encoded = []
-    for number, chat in enumerate(prompts, 1):
-        check_chat(number, chat)
+    for chat in chats:
         text = ""
         if chat:
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself: added again, BOS would stand there twice.
         encoded.append(tokenizer.encode(text, add_special_tokens=False))
-    return dataset, prompts, encoded
+    return encoded
+
+
+def read_prompts(args, tokenizer):
+    """The dataset of --prompts, and the token ids of each of its prompts."""
+    dataset = read_dataset(args.prompts)
+    if args.prompt_column not in dataset.column_names:
+        raise ValueError(f"its columns are {', '.join(dataset.column_names)}")
+    if len(dataset) == 0:
+        raise ValueError("there are 0 prompts")
+    prompts = list(dataset[args.prompt_column])
+    check_kind(prompts)
+    if isinstance(prompts[0], list):
+        return dataset, encode_chats(tokenizer, prompts)
+    if tokenizer.chat_template is not None:
+        print("the prompts are texts: the policy's chat template is not applied")
+    return dataset, tokenizer(prompts)["input_ids"]
+
+
+def make_row(args, tokenizer, columns, ids):
+    """What is kept of a prompt, a dict; None if it is empty, or a chat that is too long.
+
+    prompt_ids: the tokens that the policy sees. prompt_text: the same as text. columns: the
+    dataset's own columns, and "prompt", which go to the reward function.
+    """
+    prompt = columns[args.prompt_column]
+    is_chat = isinstance(prompt, list)
+    if is_chat and len(ids) > args.max_prompt_tokens:
+        return None  # a text can be cut anywhere, a chat cannot
+    ids = ids[: args.max_prompt_tokens]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if not text.strip():
+        return None
+    columns = columns | {"prompt": prompt if is_chat else text}
+    return {"prompt_ids": ids, "prompt_text": text, "columns": columns}
 
 
 def load_prompts(args, tokenizer):
-    """Return (training rows, held-out rows).
-
-    A row is a dict: prompt_ids, the tokens that the policy sees; prompt_text, the same as text;
-    columns, the dataset's own columns and "prompt", which go to the reward function.
-    """
+    """Return (training rows, held-out rows), as make_row makes them."""
     with explain(args, "prompts", "prompt_column", "eos_token"):
-        dataset, prompts, encoded = read_prompts(args, tokenizer)
+        dataset, encoded = read_prompts(args, tokenizer)
     rows = []
-    for columns, prompt, ids in zip(dataset, prompts, encoded, strict=True):
-        is_chat = isinstance(prompt, list)
-        if is_chat and len(ids) > args.max_prompt_tokens:
-            continue  # a text can be cut anywhere, but half a chat is none
-        ids = ids[: args.max_prompt_tokens]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.strip():
-            columns["prompt"] = prompt if is_chat else text
-            rows.append({"prompt_ids": ids, "prompt_text": text, "columns": columns})
+    for columns, ids in zip(dataset, encoded, strict=True):
+        row = make_row(args, tokenizer, columns, ids)
+        if row is not None:
+            rows.append(row)
 
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
-    held_out = min(128, math.ceil(len(rows) / 5))
+    held_out = min(128, math.ceil(len(rows) / 5))  # a fifth, but no more than are needed
     training = len(rows) - held_out
-    left_out = len(prompts) - len(rows)
-    note = f" ({left_out} left out: empty, or chats that are too long)" if left_out else ""
-    print(f"{len(rows)} prompts: {training} to train on, {held_out} held out{note}")
+    line = f"{len(rows)} prompts: {training} to train on, {held_out} held out"
+    if len(rows) < len(dataset):
+        line += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
+    print(line)
     with explain(args, "prompts", "max_prompt_tokens", "batch_size"):
         if training < args.batch_size:
             raise ValueError(f"{training} prompts to train on are fewer than one batch")
@@ -533,12 +589,12 @@ def collate(tokenizer, rows, device):
 
 
 @contextmanager
-def no_way_out():
+def forbid_exit():
     """A reward that calls sys.exit() must not end the run as if all were well."""
     try:
         yield
-    except SystemExit as stop:
-        raise RuntimeError("the reward called sys.exit()") from stop
+    except SystemExit as error:
+        raise RuntimeError("the reward called sys.exit()") from error
 
 
 def load_reward_function(args):
@@ -550,11 +606,11 @@ def load_reward_function(args):
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
     name = Path(path).stem
-    sys.path.insert(0, str(Path(path).parent))  # it may import its neighbours
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)  # where a process pool looks for its functions
-    with no_way_out():
+    sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
+    sys.modules.setdefault(name, module)  # a process pool looks here for the file's functions
+    with forbid_exit():
         spec.loader.exec_module(module)
     with explain(args, "reward"):
         if not callable(getattr(module, function, None)):
@@ -572,7 +628,7 @@ class RewardModel:
     def __init__(self, name, dtype):
         config = AutoConfig.from_pretrained(name)
         if "SequenceClassification" not in str(config.architectures):
-            raise ValueError(f"{name} is no sequence classifier")
+            raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -585,21 +641,24 @@ class RewardModel:
         self.max_length = min(tokenizer.model_max_length, positions)
         self.device = torch.device("cpu")
 
-    def __call__(self, prompts, completions, **columns):
+    def texts(self, prompts, completions):
+        """Prompt and completion as one text each, and whether it holds its special tokens."""
         # Two texts add up to a text, two lists of messages to a chat.
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        is_templated = False
-        if isinstance(texts[0], list) and self.tokenizer.chat_template is None:
-            texts = ["\n".join(message["content"] for message in chat) for chat in texts]
-        elif isinstance(texts[0], list):
-            texts = self.tokenizer.apply_chat_template(texts, tokenize=False)
-            is_templated = True  # with its special tokens
+        whole = [p + c for p, c in zip(prompts, completions, strict=True)]
+        if isinstance(whole[0], str):
+            return whole, False
+        if self.tokenizer.chat_template is None:
+            return ["\n".join(message["content"] for message in chat) for chat in whole], False
+        return self.tokenizer.apply_chat_template(whole, tokenize=False), True
+
+    def __call__(self, prompts, completions, **columns):
+        texts, have_special_tokens = self.texts(prompts, completions)
         batch = self.tokenizer(
             texts,
             padding=True,
             truncation=True,
             max_length=self.max_length,
-            add_special_tokens=not is_templated,
+            add_special_tokens=not have_special_tokens,
             return_tensors="pt",
         ).to(self.device)
         logits = self.model(**batch).logits.float()  # (N,labels)
@@ -610,7 +669,7 @@ class RewardModel:
 
 def load_reward(args, dtype):
     """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
-    if ".py" in args.reward:
+    if file_of(args.reward).endswith(".py"):
         return load_reward_function(args)
     with explain(args, "reward"):
         return RewardModel(args.reward, dtype)
@@ -626,31 +685,37 @@ def decode_responses(tokenizer, rows, responses):
     return texts
 
 
-def score_responses(args, reward, tokenizer, rows, responses):
-    """Rewards (N,) of responses (N,T) to N rows; or to N/2 rows, the sampled ones first."""
-    if len(responses) == 2 * len(rows):
-        rows = rows + rows
-    # Copies: rows are shared between sampled and greedy responses, and between steps.
-    columns = {
-        name: [copy.deepcopy(row["columns"][name]) for row in rows] for name in rows[0]["columns"]
-    }
-    prompts = columns.pop("prompt")
+def reward_arguments(tokenizer, rows, responses):
+    """What a reward function gets: prompts, completions and the dataset's other columns, lists."""
+    arguments = {}
+    for name in rows[0]["columns"]:
+        # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
+        arguments[name] = [copy.deepcopy(row["columns"][name]) for row in rows]
+    prompts = arguments.pop("prompt")
     completions = decode_responses(tokenizer, rows, responses)
     if isinstance(prompts[0], list):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    columns["prompts"] = prompts
-    columns["completions"] = completions
-    with no_way_out():
-        rewards = reward(**columns)  # what a person's own function raises keeps its traceback
+    return arguments | {"prompts": prompts, "completions": completions}
 
+
+def as_rewards(values, N, device):
+    """What a reward function returned, as a tensor (N,). Raises ValueError for anything else."""
+    try:
+        rewards = torch.as_tensor(values, dtype=torch.float32, device=device).detach()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rewards must be a list of numbers, not {values!r:.60}") from error
+    if rewards.shape != (N,) or not rewards.isfinite().all():
+        raise ValueError(f"{N} finite numbers are due as rewards, not {rewards}")
+    return rewards
+
+
+def score_responses(args, reward, tokenizer, rows, responses):
+    """Rewards (N,) of responses (N,T) to the prompts of N rows."""
+    arguments = reward_arguments(tokenizer, rows, responses)
+    with forbid_exit():
+        values = reward(**arguments)  # what a person's own function raises keeps its traceback
     with explain(args, "reward"):
-        try:
-            rewards = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
-            rewards = rewards.detach()
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"rewards must be a list of numbers, not {rewards!r:.60}") from error
-        if rewards.shape != (len(rows),) or not rewards.isfinite().all():
-            raise ValueError(f"{len(rows)} finite numbers are due as rewards, not {rewards}")
+        rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
     return rewards - args.missing_eos_penalty * has_no_eos
 
@@ -663,35 +728,46 @@ def score_responses(args, reward, tokenizer, rows, responses):
 def choose_device(name):
     """The device of a name such as cpu, cuda or cuda:1. torchrun's processes get a GPU each."""
     device = torch.device(name)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"{device.type} is none of cpu, cuda, mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA GPU here")
     if device.type == "cuda" and dist.is_initialized():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"{device.type} is none of cpu, cuda, mps")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # nccl uses the current one
     if device.type == "mps":
         print("device mps: nobody has tested remax.py there")
-    return torch.zeros(1, device=device).device  # cuda becomes cuda:0
+    torch.zeros(1, device=device)  # fails here, and not later, for a GPU that is not there
+    return device
 
 
 def choose_dtype(precision, device):
     """What to compute in. auto: on a GPU bfloat16 if it has it, else float16; float32 elsewhere."""
-    if precision == "auto" and device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    if precision == "auto":
+        precision = "fp32"
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def load_model(auto_class, name, **options):
-    """from_pretrained, but weights that the checkpoint lacks are an error: they would be random."""
+    """from_pretrained. Raises ValueError for weights that are missing or not finite.
+
+    from_pretrained would draw missing weights at random and go on.
+    """
     model, info = auto_class.from_pretrained(
-        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        name,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the info, and refused below
+        **options,
     )
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
-        raise ValueError(f"{shown(name)} has no fitting weights for {absent[0]}")
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError(f"{shown(name)} has weights that are not finite")
+        raise ValueError(f"{short_path(name)} has no fitting weights for {absent[0]}")
+    for parameter in model.parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{short_path(name)} has weights that are not finite")
     return model
 
 
@@ -710,10 +786,10 @@ def turn_off_noise(config):
 def check_policy(args):
     """Refuse a model that cannot be trained here, before its weights are loaded."""
     if Path(args.model, "adapter_config.json").exists():
-        raise ValueError("an adapter is no model: merge it into its model first")
+        raise ValueError("this is an adapter: merge it into its model first")
     config = AutoConfig.from_pretrained(args.model)
     if "Classification" in str(config.architectures):
-        raise ValueError("a classifier is no language model")
+        raise ValueError("this is a classifier, not a language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_prompt_tokens + args.max_new_tokens > positions:
         raise ValueError(f"prompt and response do not fit into its {positions} positions")
@@ -725,7 +801,7 @@ def load_policy(args):
     turn_off_noise(config)  # before the modules read it
     # float32: bfloat16 weights would round an update of 1e-6 away.
     policy = load_model(AutoModelForCausalLM, args.model, config=config, dtype=torch.float32)
-    policy.config = AutoConfig.from_pretrained(args.model)  # to be saved: dropout as it was
+    policy.config = AutoConfig.from_pretrained(args.model)  # it is saved with its dropout as it was
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -741,12 +817,15 @@ def load_reference(args, dtype):
 def make_optimizer(args, policy):
     if args.optimizer == "adafactor":
         return torch.optim.Adafactor(policy.parameters(), args.lr)
-    # fused: torch's default on CUDA takes as much memory again as the gradients.
+    # fused: torch's default on CUDA, foreach, takes as much memory again as the gradients.
     return torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
 
 
 def offload(frozen, policy, device):
-    """Keep a frozen model's weights in CPU memory while the policy is at work."""
+    """Keep a frozen model's weights in CPU memory while the policy is at work.
+
+    Each call of the frozen model fetches them, the policy's next call puts them away.
+    """
 
     def fetch(*_):
         frozen.to(device)
@@ -775,15 +854,16 @@ MAY_CHANGE = (
     "resume",
 )
 
-# Sampler and density are one function: a larger difference, in nats a token, is no rounding.
+# Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
+# token, means that decoding with a cache goes wrong for this model.
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 def comparable(args):
-    """The flags as --resume compares them: a file by its content, wherever it lies."""
-    values = {name: shown(value) for name, value in vars(args).items()}
+    """The flags as texts that --resume can compare: a file by its content, wherever it lies."""
+    values = {name: short_path(value) for name, value in vars(args).items()}
     for name in "prompts", "reward":
-        path = Path(without_function(getattr(args, name)))
+        path = Path(file_of(getattr(args, name)))
         if path.is_file():
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             values[name] = f"{Path(getattr(args, name)).name} with the sha256 {digest[:16]}"
@@ -791,27 +871,13 @@ def comparable(args):
 
 
 def lock(file):
-    """Refuse a file that another process holds; it is let go when this one ends."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing {file.name}") from error
-
-
-def read_checkpoint(args, path):
-    """The checkpoint that --resume goes on from, made by the same command; None without it."""
-    if not args.resume:
-        return None
-    if not path.exists():
-        raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    now = comparable(args)
-    for name, before in checkpoint["args"].items():
-        is_longer = name == "steps" and args.steps > int(before)
-        if now[name] != before and name not in MAY_CHANGE and not is_longer:
-            raise ValueError(f"--{name.replace('_', '-')} {now[name]}: the run has {before}")
-    return checkpoint
+    """Raise ValueError for a file that another run has locked. The lock ends with the process."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another run is writing {file.name}") from error
 
 
 def open_metrics(folder):
@@ -822,12 +888,23 @@ def open_metrics(folder):
     return metrics
 
 
-def begin_metrics(args, folder, metrics, checkpoint):
-    """Refuse to write over a run; cut a resumed one back to its checkpoint."""
-    if checkpoint is not None:
-        # The steps after the checkpoint come again.
-        metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))
-        return
+def read_checkpoint(args, path):
+    """The checkpoint that --resume goes on from. Raises ValueError for that of another run."""
+    if not path.exists():
+        raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    now = comparable(args)
+    for name, before in checkpoint["args"].items():
+        if now[name] == before or name in MAY_CHANGE:
+            continue
+        if name == "steps" and args.steps > int(before):
+            continue  # a run may be made longer
+        raise ValueError(f"--{name.replace('_', '-')} {now[name]}: the run has {before}")
+    return checkpoint
+
+
+def refuse_old_run(args, folder, metrics):
+    """Raise ValueError if the folder of a new run holds another run."""
     if (folder / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.output_dir} holds a run: --resume continues it, "
@@ -838,76 +915,88 @@ def begin_metrics(args, folder, metrics, checkpoint):
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
         )
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=2))
 
 
 def save_checkpoint(path, checkpoint):
     """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
-    beside = path.with_suffix(".new")
+    unfinished = path.with_suffix(".new")
     try:
-        with open(beside, "wb") as file:
+        with open(unfinished, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # a full disk, hidden behind torch's own error
+        # A full disk reaches us as torch's "unexpected pos", raised while an OSError was handled.
+        if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; kill, and most schedulers
+if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has no such signal
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 class StopRequest:
-    """Notes Ctrl-C, SIGTERM or SIGHUP until the end of the step; a second one ends all at once."""
+    """Remembers a stop signal until the step is done. A second one ends the run at once."""
 
-    # Windows has no SIGHUP.
-    kinds = [getattr(signal, k) for k in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, k)]
-    signal_number = None
+    def __init__(self):
+        self.signal_number = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.receive)
+        if hasattr(os, "register_at_fork"):
+            # A reward function may fork, and terminate() must end its child. So the child gets the
+            # default handlers back, and signals wait until it has them.
+            os.register_at_fork(
+                before=self.hold_signals,
+                after_in_parent=self.release_signals,
+                after_in_child=self.restore_default_handlers,
+            )
 
-    def __call__(self, signal_number, frame):
+    def receive(self, number, frame):
         if self.signal_number is not None:
-            sys.exit(128 + signal_number)
-        self.signal_number = signal_number
-        if signal_number in (signal.SIGINT, signal.SIGTERM):
+            sys.exit(128 + number)  # the exit status that shells give to a signal
+        self.signal_number = number
+        if number in (signal.SIGINT, signal.SIGTERM):
+            # Not print(): the signal may have come in the middle of one.
             os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
-        else:  # the terminal is gone: printing to it would fail
+        else:  # the terminal is gone, and printing to it would fail
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
 
-    def agreed(self):
-        """The signal, if there was one in any process: all stop after the same step."""
+    def hold_signals(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def release_signals(self):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def restore_default_handlers(self):
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self.release_signals()
+
+    def of_any_process(self):
+        """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
         number = torch.tensor(self.signal_number or 0)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    def install(self):
-        for kind in self.kinds:
-            signal.signal(kind, self)
-        if hasattr(os, "register_at_fork"):
-            # A child that a reward function forks must not inherit this: terminate() has to end
-            # it, also in the instant before it has the default handlers.
-            os.register_at_fork(
-                before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, self.kinds),
-                after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, self.kinds),
-                after_in_child=self.uninstall,
-            )
-
-    def uninstall(self):
-        for kind in self.kinds:
-            signal.signal(kind, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.kinds)
-
 
 def in_words(figures, prefix=""):
     """reward, greedy reward and KL of a step or, with the prefix eval_, of an evaluation."""
-    words = f"reward {figures[prefix + 'reward']:.3f}"
-    if figures[prefix + "greedy_reward"] is not None:
-        words += f", greedy {figures[prefix + 'greedy_reward']:.3f}"
-    if figures[prefix + "kl"] is not None:
-        words += f", KL {figures[prefix + 'kl']:.3g}"
+    reward = figures[f"{prefix}reward"]
+    greedy_reward = figures[f"{prefix}greedy_reward"]
+    kl = figures[f"{prefix}kl"]
+    words = f"reward {reward:.3f}"
+    if greedy_reward is not None:
+        words += f", greedy {greedy_reward:.3f}"
+    if kl is not None:
+        words += f", KL {kl:.3g}"
     return words
 
 
@@ -917,7 +1006,6 @@ class Run:
     def __init__(self, args):
         """Check and load everything, cheap things first."""
         self.args = args
-        self.folder = Path(args.output_dir).resolve()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         with explain(args, "batch_size"):
@@ -930,17 +1018,14 @@ class Run:
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
         with explain(args, "output_dir"):
-            if self.rank == 0:
-                self.metrics = open_metrics(self.folder)
-            checkpoint = read_checkpoint(args, self.folder / "checkpoint.pt")
-            if self.rank == 0:
-                begin_metrics(args, self.folder, self.metrics, checkpoint)
+            checkpoint = self.open_folder()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype)
+        self.say_how_chats_are_scored()
         with explain(args, "model", "gradient_checkpointing"):
             self.policy = load_policy(args)
             self.reference = load_reference(args, self.dtype)
-            self.check_prompts()
+            self.check_token_ids()
         self.policy.to(self.device)
         self.place_frozen_models()
         self.optimizer = make_optimizer(args, self.policy)
@@ -950,43 +1035,75 @@ class Run:
         self.steps_done = 0
         if checkpoint is not None:
             with explain(args, "output_dir", "model"):
-                self.policy.load_state_dict(checkpoint["policy"])
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            self.steps_done = checkpoint["step"]
-        size = self.policy.num_parameters()
-        if size < 5e6:  # so small a model is no faster on two threads, and 20 times slower when
-            torch.set_num_threads(1)  # another process wants one of the cores
-        print(
-            f"policy {shown(args.model)} ({size / 1e6:.1f}M parameters), "
-            f"reference {'the same' if args.kl_coef else 'none'}, reward {shown(args.reward)}, "
-            f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
-        )
+                self.restore(checkpoint)
+        self.announce()
 
-    def check_prompts(self):
-        """Refuse tokens that the policy has no embedding for; say how a chat is scored."""
-        embeddings = self.policy.get_input_embeddings().num_embeddings
-        rows = self.training_rows + self.held_out_rows
-        if max(max(row["prompt_ids"]) for row in rows) >= embeddings:
-            raise ValueError(f"its tokenizer has more tokens than it has embeddings, {embeddings}")
-        is_chat = isinstance(rows[0]["columns"]["prompt"], list)
-        has_template = getattr(self.reward, "tokenizer", self.tokenizer).chat_template
-        if is_chat and not has_template:
+    def open_folder(self):
+        """Open metrics.jsonl, and read the checkpoint to resume from; return it, or None."""
+        self.folder = Path(self.args.output_dir).resolve()
+        if self.rank == 0:
+            self.metrics = open_metrics(self.folder)
+        checkpoint = None
+        if self.args.resume:
+            checkpoint = read_checkpoint(self.args, self.folder / "checkpoint.pt")
+        if self.rank > 0:
+            return checkpoint
+        if checkpoint is not None:
+            # The steps after the checkpoint come again. The file may have been cut by hand, too.
+            size = min(checkpoint["metrics_bytes"], self.metrics.tell())
+            self.metrics.truncate(size)
+        else:
+            refuse_old_run(self.args, self.folder, self.metrics)
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
+        return checkpoint
+
+    def say_how_chats_are_scored(self):
+        is_chat = isinstance(self.training_rows[0]["columns"]["prompt"], list)
+        is_model = isinstance(self.reward, RewardModel)
+        if is_chat and is_model and self.reward.tokenizer.chat_template is None:
             print("the reward model has no chat template: it reads the contents, line by line")
+
+    def check_token_ids(self):
+        """Raise ValueError for a prompt with a token that the policy has no embedding for."""
+        embeddings = self.policy.get_input_embeddings().num_embeddings
+        for row in self.training_rows + self.held_out_rows:
+            if max(row["prompt_ids"]) >= embeddings:
+                raise ValueError(f"its tokenizer has more tokens than its {embeddings} embeddings")
 
     def place_frozen_models(self):
         """Put reference and reward model on the policy's device, or let them come and go."""
-        frozen_models = [self.reference]
+        frozen_models = []
+        if self.reference is not None:
+            frozen_models.append(self.reference)
         if isinstance(self.reward, RewardModel):
             frozen_models.append(self.reward.model)
             self.reward.device = self.device
         for frozen in frozen_models:
-            if frozen is None:
-                continue
             if self.args.offload:
                 offload(frozen, self.policy, self.device)
             else:
                 frozen.to(self.device)
+
+    def restore(self, checkpoint):
+        self.policy.load_state_dict(checkpoint["policy"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.steps_done = checkpoint["step"]
+
+    def announce(self):
+        """Say in one line what is trained, by what, and where it goes."""
+        args = self.args
+        millions = self.policy.num_parameters() / 1e6
+        print(
+            f"policy {short_path(args.model)} ({millions:.1f}M parameters), "
+            f"reference {'the same' if self.reference is not None else 'none'}, "
+            f"reward {short_path(args.reward)}, "
+            f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
+        )
+        if millions < 5:
+            # So small a model is no faster on two threads, and 20 times slower on them when
+            # another process wants one of the cores.
+            torch.set_num_threads(1)
 
     def log(self, row):
         if self.rank > 0:
@@ -997,47 +1114,61 @@ class Run:
     def score(self, rows, responses):
         return score_responses(self.args, self.reward, self.tokenizer, rows, responses)
 
+    def kl_to_reference(self, prompt, attention_mask, response):
+        """KL of each response in nats, (B,)."""
+        mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
+        inputs = prompt, attention_mask, response, mask
+        logprobs = token_logprobs(self.policy, *inputs)  # (B,T)
+        ref_logprobs = token_logprobs(self.reference, *inputs)  # (B,T)
+        return (logprobs - ref_logprobs).sum(1)
+
+    def evaluate_batch(self, rows):
+        """Answer B rows, sampled and greedy; return a dict of figures and texts for each."""
+        tokenizer = self.tokenizer
+        prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
+        response, greedy_response, _ = rollout(
+            self.policy,
+            prompt,
+            attention_mask,
+            self.args.max_new_tokens,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )  # (B,T) each
+        rewards = self.score(rows + rows, torch.cat([response, greedy_response])).tolist()
+        B = len(rows)
+        results = {
+            "eval_reward": rewards[:B],
+            "eval_greedy_reward": rewards[B:],
+            "text": decode_responses(tokenizer, rows, response),
+            "greedy_text": decode_responses(tokenizer, rows, greedy_response),
+            "eval_kl": [None] * B,
+        }
+        if self.reference is not None:
+            results["eval_kl"] = self.kl_to_reference(prompt, attention_mask, response).tolist()
+        return [{name: values[i] for name, values in results.items()} for i in range(B)]
+
     @torch.no_grad()
     def evaluate(self):
         """Return (figures, samples): means over the held-out rows, and three of them in words."""
-        tokenizer, rows, size = self.tokenizer, self.held_out_rows, self.args.batch_size
-        rewards, greedy_rewards, kls, texts, greedy_texts = [], [], [], [], []
+        rows, size = self.held_out_rows, self.args.batch_size
         torch.manual_seed(0)  # the same noise every time
         self.policy.eval()
+        results = []
         with weights_as(self.policy, self.dtype):
             for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                prompt, attention_mask = collate(tokenizer, batch, self.device)  # (B,P)
-                response, greedy_response, _ = rollout(
-                    self.policy,
-                    prompt,
-                    attention_mask,
-                    self.args.max_new_tokens,
-                    tokenizer.eos_token_id,
-                    tokenizer.pad_token_id,
-                )  # (B,T)
-                both = self.score(batch, torch.cat([response, greedy_response]))  # (2B,)
-                rewards += both[: len(batch)].tolist()
-                greedy_rewards += both[len(batch) :].tolist()
-                texts += decode_responses(tokenizer, batch, response)
-                greedy_texts += decode_responses(tokenizer, batch, greedy_response)
-                if self.reference is not None:
-                    mask = response_mask(response, tokenizer.eos_token_id)  # (B,T)
-                    inputs = prompt, attention_mask, response, mask
-                    logprobs = token_logprobs(self.policy, *inputs)  # (B,T)
-                    ref_logprobs = token_logprobs(self.reference, *inputs)  # (B,T)
-                    kls += (logprobs - ref_logprobs).sum(1).tolist()
-        figures = {
-            "eval_reward": sum(rewards) / len(rows),
-            "eval_greedy_reward": sum(greedy_rewards) / len(rows),
-            "eval_kl": sum(kls) / len(rows) if kls else None,
-        }
-        samples = [
-            f"  > {rows[i]['prompt_text']}\n"
-            f"    sampled {rewards[i]:6.3f}  {texts[i]!r}\n"
-            f"    greedy  {greedy_rewards[i]:6.3f}  {greedy_texts[i]!r}"
-            for i in range(min(3, len(rows)))
-        ]
+                results += self.evaluate_batch(rows[start : start + size])
+
+        figures = {}
+        for name in "eval_reward", "eval_greedy_reward", "eval_kl":
+            values = [result[name] for result in results]
+            figures[name] = None if None in values else sum(values) / len(values)
+        samples = []
+        for row, result in zip(rows[:3], results[:3], strict=True):
+            samples.append(
+                f"  > {row['prompt_text']}\n"
+                f"    sampled {result['eval_reward']:6.3f}  {result['text']!r}\n"
+                f"    greedy  {result['eval_greedy_reward']:6.3f}  {result['greedy_text']!r}"
+            )
         return figures, samples
 
     def evaluate_and_log(self, step):
@@ -1056,10 +1187,13 @@ class Run:
         seed = random.Random(f"{args.seed}/{step}").getrandbits(32)
         transformers.set_seed(seed)
         batch = random.sample(self.training_rows, args.batch_size)
-        rows = batch[self.rank :: self.processes]  # this process's share
-        torch.manual_seed(seed + self.rank)  # and its own noise
+        rows = batch[self.rank :: self.processes]  # the share of this process,
+        torch.manual_seed(seed + self.rank)  # which draws its own noise
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
-        lr = args.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))  # a cosine to 0
+        is_greedy = args.baseline == "greedy"
+        scored_rows = rows + rows if is_greedy else rows  # of the sampled, then of the greedy ones
+        progress = (step - 1) / args.steps
+        lr = args.lr * 0.5 * (1 + math.cos(math.pi * progress))  # a cosine from --lr to 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         figures = remax_step(
@@ -1067,13 +1201,13 @@ class Run:
             self.reference,
             self.optimizer,
             self.scaler,
-            partial(self.score, rows),
+            partial(self.score, scored_rows),
             prompt,
             attention_mask,
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
             max_new_tokens=args.max_new_tokens,
-            greedy=args.baseline == "greedy",
+            greedy=is_greedy,
             kl_coef=args.kl_coef,
             micro_batch_size=args.micro_batch_size,
             max_grad_norm=args.max_grad_norm,
@@ -1090,7 +1224,7 @@ class Run:
             sys.exit(
                 f"remax.py: sampling_logp_difference is {difference:.2g} nats a token: this "
                 "model's cached decoding is not what its full forward computes\n"
-                f"look at {flag(self.args, 'model')}, {flag(self.args, 'precision')}"
+                f"look at {as_typed(self.args, 'model')}, {as_typed(self.args, 'precision')}"
             )
 
     def save(self, step):
@@ -1108,51 +1242,65 @@ class Run:
             save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
     def save_model(self):
-        """The policy as found, but for its weights, and its tokenizer as found."""
+        """Save the policy and its tokenizer. Only the weights differ from what was loaded."""
         with explain(self.args, "output_dir"):
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
+    def warn_if_nothing_is_learned(self, figures):
+        """Say it once, after 20 steps in a row that teach nothing."""
+        has_no_advantage = figures["zero_advantage"] == 1
+        has_wrong_kl = figures["kl"] is not None and figures["kl"] < -1
+        if not has_no_advantage and not has_wrong_kl:
+            self.steps_without_learning = 0
+            return
+        self.steps_without_learning += 1
+        if self.steps_without_learning == 20:
+            tqdm.write(
+                "warning: 20 steps of zero_advantage 1 (a collapsed policy, a constant "
+                "reward?) or of kl below -1 (samples from what is not the policy?)"
+            )
+
     def train(self, stop):
         """Every step, with the evaluations and checkpoints that are due after it."""
         args = self.args
+        self.steps_without_learning = 0
+        steps_skipped = 0  # in a row
         if self.steps_done == 0:
             self.evaluate_and_log(0)
-        skipped_in_a_row, idle_in_a_row = 0, 0
-        steps = range(self.steps_done + 1, args.steps + 1)
-        # disable=None: no bar where there is no terminal to draw it on.
-        bar = tqdm(steps, initial=self.steps_done, total=args.steps, disable=None, file=sys.stdout)
+        first_step = self.steps_done + 1
+        bar = tqdm(
+            range(first_step, args.steps + 1),
+            initial=self.steps_done,
+            total=args.steps,
+            file=sys.stdout,
+            disable=None,  # no bar where there is no terminal to draw it on
+        )
         for step in bar:
             figures = self.train_step(step)
-            if step == steps[0]:
+            if step == first_step:
                 self.check_sampler(figures)
-            bar.set_description_str(in_words(figures), refresh=False)
             if bar.disable:
                 print(f"step {step}: {in_words(figures)}", flush=True)
-
-            is_idle = figures["zero_advantage"] == 1 or (figures["kl"] or 0) < -1
-            idle_in_a_row = idle_in_a_row + 1 if is_idle else 0
-            if idle_in_a_row == 20:
-                tqdm.write(
-                    "warning: 20 steps of zero_advantage 1 (a collapsed policy, a constant "
-                    "reward?) or of kl below -1 (samples from what is not the policy?)"
-                )
-            skipped_in_a_row = skipped_in_a_row + 1 if figures["skipped"] else 0
-            no_progress = skipped_in_a_row == 5
+            else:
+                bar.set_description_str(in_words(figures), refresh=False)
+            self.warn_if_nothing_is_learned(figures)
+            steps_skipped = steps_skipped + 1 if figures["skipped"] else 0
 
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
-            signal_number = stop.agreed()
-            if is_last or step % args.save_every == 0 or signal_number or no_progress:
+            signal_number = stop.of_any_process()
+            is_stuck = steps_skipped == 5
+            if is_last or step % args.save_every == 0 or signal_number or is_stuck:
                 self.save(step)
             if signal_number:
                 tqdm.write(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
-            if no_progress:
+            if is_stuck:
                 sys.exit(
                     "remax.py: no finite gradient in 5 steps; a checkpoint is saved\n"
-                    f"look at {flag(args, 'lr')} (lower), {flag(args, 'precision')} (fp32)"
+                    f"look at {as_typed(args, 'lr')} (lower), {as_typed(args, 'precision')} (fp32)"
                 )
 
 
@@ -1169,15 +1317,19 @@ def print_summary(path):
     """The evaluations before and after, and where the seconds of the steps went."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     evaluations = [row for row in rows if "eval_reward" in row]
-    for name, before in evaluations[0].items():
-        after = evaluations[-1][name]
-        if name != "step" and before is not None:
-            print(f"{name:20}{before:.4g} -> {after:.4g}")
     steps = [row for row in rows if "reward" in row]
-    names = ("rollout_seconds", "score_seconds", "update_seconds")
-    seconds = {name: sum(row[name] for row in steps) for name in names}
-    for name in names:
-        print(f"{name:20}{seconds[name]:.1f} ({seconds[name] / sum(seconds.values()):.0%})")
+    if not evaluations or not steps:
+        return  # metrics.jsonl was deleted between two parts of the run
+    first, last = evaluations[0], evaluations[-1]
+    for name in "eval_reward", "eval_greedy_reward", "eval_kl":
+        if first[name] is not None:
+            print(f"{name:20}{first[name]:.4g} -> {last[name]:.4g}")
+    seconds = {}
+    for name in "rollout_seconds", "score_seconds", "update_seconds":
+        seconds[name] = sum(row[name] for row in steps)
+    whole = sum(seconds.values())
+    for name, value in seconds.items():
+        print(f"{name:20}{value:.1f} ({value / whole:.0%})")
 
 
 # =================================================================================================
@@ -1233,58 +1385,58 @@ def parse_args(argv=None):
     on_or_off = argparse.BooleanOptionalAction
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off
-    flag = parser.add_argument_group("task").add_argument
-    flag("--model", help="policy: a causal language model, hub id or folder")
-    flag("--reward", default="lvwerra/distilbert-imdb",
-         help="a sequence classifier, hub id or folder, or a function, FILE.py:FUNCTION")
-    flag("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
-         help="a json, jsonl, csv, tsv, parquet or txt file, or a dataset of the hub")
-    flag("--prompt-column", default="prompt",
-         help="its column of texts, or of lists of {role, content}")
-    flag("--max-prompt-tokens", default=64, type=positive_int,
-         help="longer texts are cut to it, longer chats are left out")
-    flag("--max-new-tokens", default=48, type=positive_int,
-         help="a response without EOS is cut here")
-    flag("--eos-token",
-         help="token that ends a response, if it is not the tokenizer's EOS")
-    flag("--missing-eos-penalty", default=0.0, type=nonnegative_float,
-         help="taken off the reward of such a response, sampled or greedy")
+    add = parser.add_argument_group("task").add_argument
+    add("--model", help="policy: a causal language model, hub id or folder")
+    add("--reward", default="lvwerra/distilbert-imdb",
+        help="a sequence classifier, hub id or folder, or a function, FILE.py:FUNCTION")
+    add("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
+        help="a json, jsonl, csv, tsv, parquet or txt file, or a dataset of the hub")
+    add("--prompt-column", default="prompt",
+        help="its column of texts, or of lists of {role, content}")
+    add("--max-prompt-tokens", default=64, type=positive_int,
+        help="longer texts are cut to it, longer chats are left out")
+    add("--max-new-tokens", default=48, type=positive_int,
+        help="a response without EOS is cut here")
+    add("--eos-token",
+        help="token that ends a response, if it is not the tokenizer's EOS")
+    add("--missing-eos-penalty", default=0.0, type=nonnegative_float,
+        help="taken off the reward of such a response, sampled or greedy")
 
-    flag = parser.add_argument_group("algorithm").add_argument
-    flag("--baseline", default="greedy", choices=("greedy", "none"),
-         help="greedy is ReMax, none is REINFORCE")
-    flag("--kl-coef", default=0.01, type=nonnegative_float,
-         help="beta, the price of a nat of KL to the reference; 0 loads no reference")
-    flag("--steps", default=300, type=positive_int, help="rollouts, and updates: one each")
-    flag("--batch-size", default=32, type=positive_int, help="prompts a step, drawn anew")
-    flag("--lr", default=1e-6, type=positive_float,
-         help="learning rate at the start; it falls to 0 along a cosine")
-    flag("--optimizer", default="adamw", choices=("adamw", "adafactor"),
-         help="adafactor: a small state, wants 10 to 30 times the --lr")
-    flag("--max-grad-norm", default=1.0, type=positive_float,
-         help="longer gradients are scaled down to this norm")
-    flag("--seed", default=0, type=int, help="of the choice of prompts and of the sampling")
-    flag("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-         help="auto: on a GPU bf16 if it has it, else fp16; fp32 elsewhere")
+    add = parser.add_argument_group("algorithm").add_argument
+    add("--baseline", default="greedy", choices=("greedy", "none"),
+        help="greedy is ReMax, none is REINFORCE")
+    add("--kl-coef", default=0.01, type=nonnegative_float,
+        help="beta, the price of a nat of KL to the reference; 0 loads no reference")
+    add("--steps", default=300, type=positive_int, help="rollouts, and updates: one each")
+    add("--batch-size", default=32, type=positive_int, help="prompts a step, drawn anew")
+    add("--lr", default=1e-6, type=positive_float,
+        help="learning rate at the start; it falls to 0 along a cosine")
+    add("--optimizer", default="adamw", choices=("adamw", "adafactor"),
+        help="adafactor: a small state, wants 10 to 30 times the --lr")
+    add("--max-grad-norm", default=1.0, type=positive_float,
+        help="longer gradients are scaled down to this norm")
+    add("--seed", default=0, type=int, help="of the choice of prompts and of the sampling")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="auto: on a GPU bf16 if it has it, else fp16; fp32 elsewhere")
 
-    flag = parser.add_argument_group("memory").add_argument
-    flag("--micro-batch-size", default=8, type=positive_int,
-         help="rows per backward pass: changes memory, not the gradient")
-    flag("--gradient-checkpointing", default=True, action=on_or_off,
-         help="recompute activations in the backward pass")
-    flag("--offload", default=False, action=on_or_off,
-         help="reference and reward model wait on the CPU while the policy is at work")
-    flag("--device", default=device, help="cpu, cuda, cuda:1, mps, ...")
+    add = parser.add_argument_group("memory").add_argument
+    add("--micro-batch-size", default=8, type=positive_int,
+        help="rows per backward pass: changes memory, not the gradient")
+    add("--gradient-checkpointing", default=True, action=on_or_off,
+        help="recompute activations in the backward pass")
+    add("--offload", default=False, action=on_or_off,
+        help="reference and reward model wait on the CPU while the policy is at work")
+    add("--device", default=device, help="cpu, cuda, cuda:1, mps, ...")
 
-    flag = parser.add_argument_group("run").add_argument
-    flag("--output-dir", help="for metrics, checkpoint and model; None: runs/MODEL-SEED")
-    flag("--eval-every", default=50, type=positive_int,
-         help="steps between evaluations on held-out prompts")
-    flag("--save-every", default=100, type=positive_int,
-         help="steps between checkpoints of about 12 bytes a parameter with adamw, two of them "
-              "while saving; the last step and Ctrl-C write one too")
-    flag("--resume", action="store_true",
-         help="continue the run in --output-dir: the same command, --steps may be more")
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", help="for metrics, checkpoint and model; None: runs/MODEL-SEED")
+    add("--eval-every", default=50, type=positive_int,
+        help="steps between evaluations on held-out prompts")
+    add("--save-every", default=100, type=positive_int,
+        help="steps between checkpoints of about 12 bytes a parameter with adamw, two of them "
+             "while saving; the last step and Ctrl-C write one too")
+    add("--resume", action="store_true",
+        help="continue the run in --output-dir: the same command, --steps may be more")
     # fmt: on
 
     args = parser.parse_args(argv)
@@ -1296,23 +1448,27 @@ def parse_args(argv=None):
         run_name = Path(args.model).name
     if args.output_dir is None:
         args.output_dir = f"runs/{run_name}-{args.seed}"
+    # Paths are resolved once: a reward function may change the working directory.
     for name in "model", "reward", "prompts":
-        # A reward function may change the working directory: paths are resolved once.
         path = getattr(args, name)
-        if Path(without_function(path)).exists():
+        if Path(file_of(path)).exists():
             setattr(args, name, os.path.abspath(path))
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def silence_libraries():
+    """No bars and warnings of transformers and datasets between the lines of a run."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    silence_libraries()
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     stop = StopRequest()
-    stop.install()
     if dist.is_torchelastic_launched():
         # A reward may take its time: the other processes wait for it.
         dist.init_process_group(timeout=timedelta(hours=6))
@@ -1323,7 +1479,7 @@ def main(argv=None):
         run.train(stop)
     except torch.OutOfMemoryError as error:
         names = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
-        flags = ", ".join(flag(args, name) for name in names)
+        flags = ", ".join(as_typed(args, name) for name in names)
         sys.exit(f"remax.py: {str(error).splitlines()[0]}\nlook at {flags}")
     if run.rank == 0:
         run.save_model()

@@ -5,7 +5,9 @@ import errno
 import gc
 import gzip
 import json
+import multiprocessing
 import os
+import random
 import re
 import resource
 import shutil
@@ -13,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from itertools import product
@@ -23,6 +26,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -361,12 +365,60 @@ def checkpointing(model):
     return model
 
 
-def run(*args, **env):
+def shell(*args, **env):
     """remax.py as a person runs it: the finished process."""
     command = [sys.executable, remax.__file__, *map(str, args)]
     return subprocess.run(
         command, cwd=ROOT, text=True, capture_output=True, env=os.environ | env, timeout=300
     )
+
+
+# To import everything takes a process some seconds. Those of the tests are forked from one that
+# has done it.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    [
+        __name__,
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.distilbert.modeling_distilbert",
+    ]
+)
+
+
+def main_in_a_child(flags, files, folder, encoding, file_limit):
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    os.chdir(folder)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    remax.main(flags)
+
+
+class Child:
+    """A run of remax.py in a process of its own."""
+
+    def __init__(self, *flags, folder=ROOT, encoding="utf-8", file_limit=None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        args = [*map(str, flags)], self.files, folder, encoding, file_limit
+        self.process = FORKSERVER.Process(target=main_in_a_child, args=args)
+        self.process.start()
+
+    def is_alive(self):
+        return self.process.is_alive()
+
+    def send(self, kind):
+        os.kill(self.process.pid, kind)
+
+    def wait(self):
+        """Itself, ended: its exit code and what it said."""
+        self.process.join(timeout=120)
+        assert not self.is_alive(), "it hangs"
+        self.returncode = self.process.exitcode
+        self.stdout, self.stderr = (file.read_text() for file in self.files)
+        return self
 
 
 def answer(capsys, *args):
@@ -396,6 +448,20 @@ def same_run(a, b):
     assert without_seconds(read_metrics(a)) == without_seconds(read_metrics(b))
     name = "model/model.safetensors"
     assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of a run of little work a step: short responses to few prompts."""
+    path = tmp_path_factory.mktemp("small") / "prompts.jsonl"
+    lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
+    path.write_text("\n".join(lines))
+    flags = ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12]
+    return [*flags, "--eval-every", 4, "--save-every", 2]
+
+
+def go(flags, folder, *more):
+    remax.main([*map(str, flags), "--output-dir", str(folder), *map(str, more)])
 
 
 @pytest.fixture(autouse=True)
@@ -926,10 +992,9 @@ def tiny_args(*flags):
     return remax.parse_args([*map(str, flags)])
 
 
-def test_offloaded_models_change_nothing(tmp_path):
-    for name, flags in ("a", []), ("b", ["--offload"]):
-        folder = str(tmp_path / name)
-        remax.main(["--steps", "2", "--eval-every", "2", "--output-dir", folder, *flags])
+def test_offloaded_models_change_nothing(small, tmp_path):
+    go(small, tmp_path / "a", "--steps", 4)
+    go(small, tmp_path / "b", "--steps", 4, "--offload")
     same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -954,7 +1019,6 @@ def test_offload_moves_a_frozen_model_in_for_its_own_work_and_out_for_the_policy
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--precision", "bf16"],
         ["--optimizer", "adafactor", "--lr", "5e-3"],
         ["--gradient-checkpointing", "--micro-batch-size", "4"],
     ],
@@ -964,8 +1028,21 @@ def test_other_flags_learn_too(tmp_path, flags):
     rows = read_metrics(tmp_path)
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.05
     assert abs(rows[1]["kl"]) < 0.1
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+
+
+def test_a_run_in_bf16_computes_nearly_the_same_and_saves_float32(small, tmp_path):
+    """Few steps of little work: not every CPU knows bfloat16."""
+    for precision in "fp32", "bf16":
+        go(small, tmp_path / precision, "--steps", 2, "--precision", precision)
+    whole, half = (read_metrics(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert 0 < abs(half[1]["kl"]) < 0.1
+    assert 0 < half[1]["sampling_logp_difference"] < 0.1
+    assert half[1]["reward"] == pytest.approx(whole[1]["reward"], abs=0.2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16/model", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not torch.equal(
+        weights(model), weights(AutoModelForCausalLM.from_pretrained(TINY / "policy"))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1143,7 +1220,7 @@ def test_the_reward_of_a_chat_gets_messages(tmp_path):
         seen.update(prompts=prompts, completions=completions, n=n)
         return [0.0] * len(n)
 
-    score(reward, tokenizer, rows[:2], torch.full((4, 3), 5))
+    score(reward, tokenizer, rows[:2] * 2, torch.full((4, 3), 5))
     assert seen["prompts"][0] == chats[seen["n"][0]]
     assert seen["n"][:2] == seen["n"][2:]
     assert seen["completions"][0][0]["role"] == "assistant"
@@ -1159,8 +1236,21 @@ def test_reward_columns_stay_aligned_with_rows(tokenizer, tmp_path):
         return answer
 
     ids = torch.tensor(tokenizer([" was brilliant."])["input_ids"]).repeat(8, 1)
-    rewards = score(reward, tokenizer, rows[:4], ids)
+    rewards = score(reward, tokenizer, rows[:4] * 2, ids)
     assert rewards.tolist() == [row["columns"]["answer"] for row in rows[:4]] * 2
+
+
+def test_the_greedy_half_gets_the_same_prompts_in_steps_and_evaluations(small, tmp_path):
+    (tmp_path / "halves.py").write_text(
+        "def f(prompts, **k):\n"
+        "    half = len(prompts) // 2\n"
+        "    assert prompts[:half] == prompts[half:] and len(set(prompts)) > 1\n"
+        "    return [float(i < half) for i in range(len(prompts))]"
+    )
+    go([*small, "--reward", f"{tmp_path}/halves.py:f"], tmp_path / "run", "--steps", 1)
+    evaluation, step, _ = read_metrics(tmp_path / "run")
+    assert (step["reward"], step["greedy_reward"]) == (1, 0)
+    assert (evaluation["eval_reward"], evaluation["eval_greedy_reward"]) == (1, 0)
 
 
 def test_reward_model_ignores_padding_and_reads_the_last_label():
@@ -1211,7 +1301,7 @@ def test_missing_eos_penalty_is_taken_off_sampled_and_greedy_rows_alike(tokenize
     def one(prompts, **kwargs):
         return [1.0] * len(prompts)
 
-    rewards = score(one, tokenizer, ROWS, responses, "--missing-eos-penalty", 0.25)
+    rewards = score(one, tokenizer, ROWS * 2, responses, "--missing-eos-penalty", 0.25)
     assert rewards.tolist() == [0.75, 1.0, 0.75, 1.0]
 
 
@@ -1277,17 +1367,15 @@ def test_saved_tokenizer_is_the_one_found(tiny_run):
 
 
 def test_the_same_seed_gives_the_same_metrics_and_evaluations_do_not_touch_the_noise(
-    tiny_run, tmp_path
+    small, tmp_path
 ):
-    for folder, every in (tmp_path / "a", "1"), (tmp_path / "b", "3"):
-        flags = ["--steps", "3", "--lr", "1e-30", "--eval-every", every]
-        remax.main([*flags, "--output-dir", str(folder)])
+    for folder, every in (tmp_path / "a", 1), (tmp_path / "b", 3):
+        go(small, folder, "--steps", 3, "--eval-every", every)
     a, b = (
         [row for row in without_seconds(read_metrics(tmp_path / name)) if "reward" in row]
         for name in "ab"
     )
     assert a == b
-    assert a[0]["reward"] == read_metrics(tiny_run)[1]["reward"]
 
 
 def put_into_hub_cache(cache, name, folder):
@@ -1305,7 +1393,7 @@ def test_gpt2_large_by_name_from_a_local_hub_cache(tmp_path):
     put_into_hub_cache(tmp_path / "hub", "gpt2-large", TINY / "policy")
     put_into_hub_cache(tmp_path / "hub", "lvwerra/distilbert-imdb", TINY / "reward")
     flags = ["--model", "gpt2-large", "--steps", "2", "--output-dir", tmp_path / "out"]
-    done = run(*flags, HF_HUB_CACHE=str(tmp_path / "hub"))
+    done = shell(*flags, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert done.returncode == 0, done.stderr
     args = json.loads((tmp_path / "out/args.json").read_text())
     assert args["reward"] == "lvwerra/distilbert-imdb"
@@ -1327,20 +1415,23 @@ def test_reward_function_from_a_file_without_kl(tmp_path):
     assert rows[0]["eval_greedy_reward"] < 0
 
 
-@pytest.mark.parametrize("columns", [80, 100])
-def test_help_names_every_flag_its_default_and_the_tiny_world(columns):
-    done = run("--help", COLUMNS=str(columns))
-    assert done.returncode == 0
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_help_names_every_flag_its_default_and_the_tiny_world(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stop:
+        remax.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
     for heading in "task:", "algorithm:", "memory:", "run:":
-        assert f"\n{heading}\n" in done.stdout
+        assert f"\n{heading}\n" in said
     for name in vars(tiny_args()):
-        assert "--" + name.replace("_", "-") in done.stdout
-    assert "lr 0.0006" in done.stdout
-    assert "(default: 1e-06)" in done.stdout
+        assert "--" + name.replace("_", "-") in said
+    assert "lr 0.0006" in said
+    assert "(default: 1e-06)" in said
 
 
 def test_the_console_of_a_run_redirected_to_a_file(tmp_path):
-    done = run("--steps", 2, "--eval-every", 2, "--output-dir", tmp_path / "out")
+    done = shell("--steps", 2, "--eval-every", 2, "--output-dir", tmp_path / "out")
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0] == "640 prompts: 512 to train on, 128 held out"
@@ -1378,95 +1469,64 @@ def test_a_model_whose_cache_is_wrong_stops_at_the_first_step(tmp_path, monkeypa
 # =================================================================================================
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Flags of a run of little work a step: short responses to few prompts."""
-    path = tmp_path_factory.mktemp("small") / "prompts.jsonl"
-    lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
-    path.write_text("\n".join(lines))
-    flags = ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12]
-    return [*flags, "--eval-every", 4, "--save-every", 2]
-
-
-def go(flags, folder, *more):
-    remax.main([*map(str, flags), "--output-dir", str(folder), *map(str, more)])
-
-
-KILLER = """
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import remax
-folder, args, chance = sys.argv[2], sys.argv[3:] + ["--output-dir", sys.argv[2]], random.Random(0)
-metrics, checkpoint = folder + "/metrics.jsonl", folder + "/checkpoint.pt"
-
-def size():
-    return os.path.getsize(metrics) if os.path.exists(metrics) else 0
-
-for life in range(13):
-    start = size()
-    resume = ["--resume"] if os.path.exists(checkpoint) else []
-    pid = os.fork()  # a fork spares the imports
-    if pid == 0:
-        remax.main(args + resume)
-        os._exit(0)
-    # It dies while it loads, or some rows further on, but not before there is a checkpoint.
-    goal = -1 if resume and life % 4 == 3 else start + chance.randrange(600)
-    while life < 12 and (size() <= goal or not os.path.exists(checkpoint)):
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
-        time.sleep(0.002)
-    if life < 12:
-        time.sleep(chance.random() * 0.1)
-        os.kill(pid, signal.SIGKILL)
-    print("ended with", os.waitpid(pid, 0)[1])
-"""
-
-
 def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tmp_path):
     """kill -9 at random moments, loading and saving included; no row is lost or doubled."""
     go(small, tmp_path / "whole", "--steps", 50)
-    folders = [ROOT if remax.__file__.startswith(str(ROOT)) else Path(remax.__file__).parent]
-    command = [sys.executable, "-c", KILLER, *folders, tmp_path / "killed", *small]
-    done = subprocess.run(
-        [*map(str, command), "--steps", "50"], capture_output=True, text=True, timeout=280
-    )
-    ends = re.findall(r"ended with (\d+)", done.stdout)
-    assert ends == ["9"] * 12 + ["0"], done.stderr[-2000:]  # signal 9, and at last a clean exit
-    same_run(tmp_path / "whole", tmp_path / "killed")
+    folder, chance = tmp_path / "killed", random.Random(0)
+    flags = [*small, "--steps", 50, "--output-dir", folder]
+    metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.pt"
+
+    def size():
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    for life in range(12):
+        resume = ["--resume"] if checkpoint.exists() else []
+        dies_loading = resume and life % 4 == 3
+        goal = size() + chance.randrange(600)
+        child = Child(*flags, *resume)
+        # Otherwise it lives for some rows more, and until there is a checkpoint.
+        while child.is_alive() and not dies_loading:
+            if checkpoint.exists() and size() > goal:
+                break
+            time.sleep(0.002)
+        time.sleep(chance.random() * (0.5 if dies_loading else 0.1))
+        child.send(signal.SIGKILL)
+        assert child.wait().returncode == -signal.SIGKILL, child.stderr
+    last = Child(*flags, "--resume").wait()
+    assert last.returncode == 0, last.stderr
+    same_run(tmp_path / "whole", folder)
 
 
 def start(flags, folder, steps=80):
     """A run in a process of its own, some steps under way."""
-    command = [sys.executable, remax.__file__, *map(str, flags), "--steps", str(steps)]
-    process = subprocess.Popen(
-        [*command, "--output-dir", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = Child(*flags, "--steps", steps, "--output-dir", folder)
+    wait_for_rows(child.is_alive, folder)
+    return child
+
+
+def wait_for_rows(is_alive, folder):
     metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
+    while is_alive() and not (metrics.exists() and metrics.stat().st_size > 1000):
         time.sleep(0.01)
-    return process
 
 
 @pytest.mark.parametrize(
     "kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_stop_signal_saves_and_says_how_to_resume_and_loses_nothing(small, tmp_path, kind, code):
-    process = start([*small, "--save-every", 1000], tmp_path / "cut")
-    process.send_signal(kind)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    flags = [*small, "--save-every", 1000]
+    child = start(flags, tmp_path / "cut", steps=30)
+    child.send(kind)
+    assert child.wait().returncode == code, child.stderr
     if kind != signal.SIGHUP:  # with the terminal gone there is nobody to tell
-        assert err.strip() == "stopping after this step; press again to stop now, unsaved"
-        assert "--resume" in out.splitlines()[-1]
+        assert child.stderr.strip() == "stopping after this step; press again to stop now, unsaved"
+        assert "--resume" in child.stdout.splitlines()[-1]
     before = (tmp_path / "cut/metrics.jsonl").read_text()
-    go([*small, "--save-every", 1000], tmp_path / "cut", "--steps", 80, "--resume")
+    go(flags, tmp_path / "cut", "--steps", 30, "--resume")
     after = (tmp_path / "cut/metrics.jsonl").read_text()
     assert after.startswith(before)  # it went on, it did not start again
     steps = [row["step"] for row in read_metrics(tmp_path / "cut") if "reward" in row]
-    assert steps == list(range(1, 81))
+    assert steps == list(range(1, 31))
 
 
 def test_larger_steps_extend_a_run(small, tmp_path):
@@ -1764,7 +1824,7 @@ def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys
 
 
 def test_a_mistake_as_the_shell_sees_it(tmp_path):
-    done = run("--model", "nosuch", "--output-dir", tmp_path)
+    done = shell("--model", "nosuch", "--output-dir", tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 2, done.stderr
@@ -1783,7 +1843,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["def f(:", "def f(**k):\n    return 1 / 0"])
 def test_errors_in_a_persons_own_reward_show_that_persons_line(source, tmp_path):
     (tmp_path / "mine.py").write_text(source)
-    done = run("--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run")
+    flags = ["--reward", f"{tmp_path}/mine.py:f", "--output-dir", tmp_path / "run"]
+    done = Child(*flags).wait()
     assert done.returncode == 1
     assert f'mine.py", line {source.count(chr(10)) + 1}' in done.stderr
     assert source.splitlines()[-1].strip() in done.stderr
@@ -1892,7 +1953,7 @@ def test_a_reward_that_changes_its_arguments_changes_no_row(tokenizer):
         assert len(prompts[1]) == 1
         return [0.0] * len(prompts)
 
-    score(reward, tokenizer, rows, torch.full((2, 3), 5))
+    score(reward, tokenizer, rows * 2, torch.full((2, 3), 5))
     assert json.dumps(rows) == before
 
 
@@ -1905,18 +1966,17 @@ def test_a_reward_with_a_gradient_of_its_own_adds_none_to_the_loss(tokenizer):
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_a_second_run_in_a_living_runs_folder_is_refused(small, tmp_path, capsys, flags):
-    process = start(small, tmp_path, steps=1000)
+    child = start(small, tmp_path, steps=1000)
     try:
         code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 1000, *flags)
         assert code == 1
         assert "another run is writing" in said[-2]
         size = (tmp_path / "metrics.jsonl").stat().st_size
         time.sleep(0.5)
-        assert process.poll() is None
+        assert child.is_alive()
         assert (tmp_path / "metrics.jsonl").stat().st_size >= size > 1000
     finally:
-        process.kill()
-        process.communicate()
+        child.send(signal.SIGKILL)
 
 
 def test_resume_without_a_checkpoint_is_refused_and_wipes_nothing(
@@ -1958,7 +2018,8 @@ def test_without_assertions_a_second_run_is_refused_all_the_same(two_steps, smal
 @pytest.mark.parametrize("source", ["import sys\nsys.exit(0)", "def f(**k):\n    raise SystemExit"])
 def test_a_reward_that_exits_does_not_exit_0(source, small, tmp_path):
     (tmp_path / "leaves.py").write_text(source)
-    done = run(*small, "--reward", f"{tmp_path}/leaves.py:f", "--output-dir", tmp_path / "run")
+    flags = ["--reward", f"{tmp_path}/leaves.py:f", "--output-dir", tmp_path / "run"]
+    done = Child(*small, *flags).wait()
     assert done.returncode == 1
     assert "sys.exit()" in done.stderr
 
@@ -1983,7 +2044,7 @@ def f(completions, **kwargs):
 def test_a_reward_that_forks_ends(small, tmp_path):
     (tmp_path / "forking.py").write_text(FORKING)
     flags = ["--reward", f"{tmp_path}/forking.py:f", "--steps", 1, "--kl-coef", 0]
-    done = run(*small, *flags, "--output-dir", tmp_path / "run")
+    done = Child(*small, *flags, "--output-dir", tmp_path / "run").wait()
     assert done.returncode == 0, done.stderr
 
 
@@ -1994,9 +2055,8 @@ def test_a_reward_may_change_the_working_directory(small, tmp_path):
         f"    os.chdir({str(tmp_path / 'elsewhere')!r})\n    return [len(c) for c in completions]"
     )
     shutil.copytree(TINY / "policy", tmp_path / "policy")
-    command = [sys.executable, remax.__file__, *small, "--model", "policy"]
-    command += ["--reward", "moves.py:f", "--output-dir", "run", "--steps", "2"]
-    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    flags = ["--model", "policy", "--reward", "moves.py:f", "--output-dir", "run", "--steps", 2]
+    done = Child(*small, *flags, folder=tmp_path).wait()
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/checkpoint.pt").exists()
     assert (tmp_path / "run/model/tokenizer.json").exists()
@@ -2004,16 +2064,14 @@ def test_a_reward_may_change_the_working_directory(small, tmp_path):
 
 
 def test_a_moved_checkout_can_be_resumed(small, tmp_path):
-    (tmp_path / "here").mkdir()
-    shutil.copy(remax.__file__, tmp_path / "here")
-    shutil.copytree(TINY, tmp_path / "here/data/tiny")
-    flags = [*map(str, small), "--output-dir", "run", "--steps"]
-    for folder, more in ("here", ["1"]), ("there", ["2", "--resume"]):
-        if folder == "there":
-            (tmp_path / "here").rename(tmp_path / "there")
-        command = [sys.executable, "remax.py", *flags, *more]
-        done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    go(small, tmp_path / "there/run", "--steps", 1)
+    shutil.copy(remax.__file__, tmp_path / "there")
+    shutil.copytree(TINY, tmp_path / "there/data/tiny")
+    command = [sys.executable, "remax.py", *small, "--output-dir", "run", "--steps", 2, "--resume"]
+    done = subprocess.run(
+        [*map(str, command)], cwd=tmp_path / "there", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     steps = [row["step"] for row in read_metrics(tmp_path / "there/run") if "reward" in row]
     assert steps == [1, 2]
 
@@ -2022,16 +2080,8 @@ def test_a_full_disk_is_answered_as_one_and_the_old_checkpoint_survives(small, t
     go(small, tmp_path, "--steps", 2)
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    command = [sys.executable, remax.__file__, *small, "--output-dir", tmp_path]
-    done = subprocess.run(
-        [*map(str, command), "--steps", "4", "--resume"],
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-    )
+    flags = [*small, "--output-dir", tmp_path, "--steps", 4, "--resume"]
+    done = Child(*flags, file_limit=1_000_000).wait()
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert "--output-dir" in done.stderr
@@ -2058,20 +2108,21 @@ def test_on_a_machine_without_fcntl_sighup_and_fork(small, tmp_path):
         "del signal.SIGHUP, os.register_at_fork\n"
         f"sys.path.insert(0, {str(Path(remax.__file__).parent)!r})\n"
         "import remax\n"
-        "remax.main(sys.argv[1:])\n"
+        "remax.main([*sys.argv[1:], '--steps', '1'])\n"
+        "remax.main([*sys.argv[1:], '--steps', '2', '--resume'])\n"
     )
-    flags = [*map(str, small), "--output-dir", str(tmp_path / "run")]
-    for more in ["--steps", "1"], ["--steps", "2", "--resume"]:
-        done = subprocess.run(
-            [sys.executable, "-c", source, *flags, *more], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    flags = [*small, "--output-dir", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", source, *map(str, flags)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_a_terminal_that_does_not_know_a_letter_does_not_end_the_run(small, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Фильм был"}\n' * 30)
     flags = [*small, "--prompts", tmp_path / "p.jsonl", "--steps", 1]
-    done = run(*flags, "--output-dir", tmp_path / "run", PYTHONIOENCODING="ascii")
+    done = Child(*flags, "--output-dir", tmp_path / "run", encoding="ascii").wait()
     assert done.returncode == 0, done.stderr
 
 
@@ -2079,40 +2130,33 @@ def test_a_terminal_that_does_not_know_a_letter_does_not_end_the_run(small, tmp_
 # More than one process
 # =================================================================================================
 
-ONE_STEP = """
-import sys
-import torch
-import torch.distributed as dist
 
-folder = sys.argv[1]
-sys.path.insert(0, sys.argv[2])
-import remax
+def one_step(folder, rank, processes):
+    """A remax_step of one of several processes; what it leads to goes into a file."""
+    if processes > 1:
+        meeting = f"file://{folder}/meeting"
+        dist.init_process_group("gloo", meeting, rank=rank, world_size=processes)
+    policy, reference, prompts = torch.load(folder / "inputs.pt", weights_only=False)
+    prompt = prompts[rank::processes]  # (B,P)
+    figures = remax.remax_step(
+        policy,
+        reference,
+        torch.optim.SGD(policy.parameters(), 100.0),
+        torch.amp.GradScaler("cpu", enabled=False),
+        lambda responses: (responses + prompt[:, :1]).float().mean(1),
+        prompt,
+        torch.ones_like(prompt),
+        eos_id=EOS,
+        pad_id=PAD,
+        max_new_tokens=6,
+        greedy=False,
+        kl_coef=0.1,
+        micro_batch_size=3,
+        max_grad_norm=0.1,
+        dtype=torch.float32,
+    )
+    torch.save((policy.state_dict(), figures), folder / f"{rank}-of-{processes}.pt")
 
-rank, processes = 0, 1
-if dist.is_torchelastic_launched():
-    dist.init_process_group()
-    rank, processes = dist.get_rank(), dist.get_world_size()
-policy, reference, prompts = torch.load(f"{folder}/inputs.pt", weights_only=False)
-prompt = prompts[rank::processes]  # (B,P)
-figures = remax.remax_step(
-    policy,
-    reference,
-    torch.optim.SGD(policy.parameters(), 100.0),
-    torch.amp.GradScaler("cpu", enabled=False),
-    lambda responses: (responses + prompt[:, :1]).float().mean(1),
-    prompt,
-    torch.ones_like(prompt),
-    eos_id=2,
-    pad_id=0,
-    max_new_tokens=6,
-    greedy=False,
-    kl_coef=0.1,
-    micro_batch_size=3,
-    max_grad_norm=0.1,
-    dtype=torch.float32,
-)
-torch.save((policy.state_dict(), figures), f"{folder}/{rank}-of-{processes}.pt")
-"""
 
 RECORD = """
 import sys
@@ -2169,12 +2213,6 @@ def slow(small, tmp_path):
     return [*flags, "--output-dir", tmp_path / "run"]
 
 
-def wait_for_steps(process, folder):
-    metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1500):
-        time.sleep(0.01)
-
-
 def test_two_processes_make_the_update_of_one(tmp_path):
     """Averaged before it is clipped, the gradient of two halves is that of the whole batch."""
     torch.manual_seed(0)
@@ -2182,11 +2220,13 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     policy.lm_head.weight.data *= 2000  # so sure of itself that what it samples is its argmax
     prompts = torch.randint(3, 31, (8, 5))
     torch.save((policy, make("llama"), prompts), tmp_path / "inputs.pt")
-    (tmp_path / "step.py").write_text(ONE_STEP)
-    command = [tmp_path / "step.py", tmp_path, Path(remax.__file__).parent]
-    subprocess.run([sys.executable, *command], check=True)
-    process = torchrun(*command)
-    assert process.wait(timeout=120) == 0, process.communicate()
+    one_step(tmp_path, 0, 1)
+    pair = [FORKSERVER.Process(target=one_step, args=(tmp_path, rank, 2)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(timeout=120)
+        assert process.exitcode == 0
 
     weights, figures = torch.load(tmp_path / "0-of-1.pt")
     first_weights, first_figures = torch.load(tmp_path / "0-of-2.pt")
@@ -2217,7 +2257,7 @@ def test_a_run_of_two_processes(small, tmp_path):
 
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_go_on(slow, tmp_path):
     process = torchrun(remax.__file__, *slow)
-    wait_for_steps(process, tmp_path / "run")
+    wait_for_rows(lambda: process.poll() is None, tmp_path / "run")
     first, second = (int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1))
     os.kill(second, signal.SIGKILL)
     assert process.wait(timeout=60) != 0
@@ -2230,7 +2270,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_go_o
 
 def test_sigterm_to_torchrun_saves(slow, tmp_path):
     process = torchrun(remax.__file__, *slow, "--save-every", 1000)
-    wait_for_steps(process, tmp_path / "run")
+    wait_for_rows(lambda: process.poll() is None, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -2282,7 +2322,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logprobs - ref_logprobs)", "no_gradient"),
     ("token mean", "(logprobs * advantage * mask).sum(1).mean()",
      "(logprobs * advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "part_loss * len(rows) / B", "part_loss / len(parts)",
+    ("per-micro-batch mean", "share = len(rows) / B", "share = 1 / len(parts)",
      "micro_batch_size"),
     ("top_k left at its default", "probabilities = logits[:B].softmax(-1)",
      "probabilities = logits[:B].masked_fill("
@@ -2292,18 +2332,20 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "poisoned"),
     ("dropout left on", "setattr(config, name, 0.0)", "pass", "no_noise"),
     ("jitter left on", ' or "jitter" in name', "", "no_noise"),
-    ("log-softmax in bf16", "logits.float().log_softmax", "logits.log_softmax",
+    ("log-softmax in bf16", "row_logits.float().log_softmax", "row_logits.log_softmax",
      "taken_in_float32"),
     ("float32 copy of all logits kept",
-     "checkpoint(log_softmax_at, row_logits, row_tokens, use_reentrant=False)",
-     "log_softmax_at(row_logits, row_tokens)", "no_float32"),
-    ("off by one in the logits", ".logits[:, -T - 1 : -1]", ".logits[:, -T:]", "column_t"),
+     "checkpoint(row_logprobs, row_logits, row_tokens, use_reentrant=False)",
+     "row_logprobs(row_logits, row_tokens)", "no_float32"),
+    ("off by one in the logits", "logits[:, -T - 1 : -1]", "logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing",
      "    policy.eval()\n    with weights_as(policy, dtype):",
      "    with weights_as(policy, dtype):",
      "checkpointing_changes"),
-    ("cache for the greedy rows not doubled", "            cache.reorder_cache(two_rows_each)\n",
-     "            cache.reorder_cache(two_rows_each.flip(0))\n", "generate"),
+    ("greedy rows of other prompts", "prompt = prompt.repeat(2, 1)",
+     "prompt = torch.cat([prompt, prompt.flip(0)])", "generate"),
+    ("greedy rows drawn too", "logits[B:].argmax(-1, keepdim=True)",
+     "torch.multinomial(logits[B:].softmax(-1), 1)", "generate"),
     ("sampler's log-probs of another token", "probabilities.gather(1, sampled)",
      "probabilities.gather(1, probabilities.argmax(1, keepdim=True))", "rollout_is_the_policy"),
     ("no cache, no refusal", "if tokens_in_cache < attention_mask.size(1):", "if False:",
@@ -2313,8 +2355,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
     ("reward model without mask", "self.model(**batch)", 'self.model(batch["input_ids"])',
      "ignores_padding"),
-    ("columns misaligned with rows", "rows = rows + rows",
-     "rows = [row for row in rows for _ in range(2)]", "aligned"),
+    ("columns misaligned with rows", "scored_rows = rows + rows if is_greedy",
+     "scored_rows = [row for row in rows for _ in range(2)] if is_greedy", "greedy_half_gets"),
     ("weights saved with use_cache off", "policy.config = AutoConfig.from_pretrained(args.model)",
      "policy.config = AutoConfig.from_pretrained(args.model, use_cache=False)", "saved_model"),
     ("dropout saved as 0", "policy.config = AutoConfig.from_pretrained(args.model)", "pass",
@@ -2326,12 +2368,14 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "twelve_times"),
     ("resume that forgets the optimizer",
      'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "twelve_times"),
-    ("resume that restarts the learning rate", "math.pi * (step - 1) / args.steps",
-     "math.pi * (step - 1 - self.steps_done) / args.steps", "extend_a_run"),
+    ("resume that restarts the learning rate", "progress = (step - 1) / args.steps",
+     "progress = (step - 1 - self.steps_done) / args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
-     'metrics.truncate(min(checkpoint["metrics_bytes"], metrics.tell()))', "pass", "cut_off"),
-    ("resume with other mathematics", "name not in MAY_CHANGE", "False", "resumed_as_another"),
-    ("checkpoint written over the old one", 'beside = path.with_suffix(".new")', "beside = path",
+     "self.metrics.truncate(size)", "pass", "cut_off"),
+    ("resume with other mathematics", "if now[name] == before or name in MAY_CHANGE:", "if True:",
+     "resumed_as_another"),
+    ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
+     "unfinished = path",
      "disk_full_while"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
@@ -2346,7 +2390,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("evaluation moves the noise of training",
      "        transformers.set_seed(seed)\n"
      "        batch = random.sample(self.training_rows, args.batch_size)\n"
-     "        rows = batch[self.rank :: self.processes]  # this process's share\n"
+     "        rows = batch[self.rank :: self.processes]  # the share of this process,\n"
      "        torch.manual_seed(seed + self.rank)",
      "        step > 1 or transformers.set_seed(args.seed)\n"
      "        rows = random.sample(self.training_rows, args.batch_size)",
@@ -2355,7 +2399,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "template_once"),
     ("random weights for missing ones", "    if absent:\n", "    if False:\n",
      "every_mistake and missing"),
-    ("weights that are not finite", "if not all(parameter.isfinite().all()", "if not all(True",
+    ("weights that are not finite", "if not parameter.isfinite().all():", "if False:",
      "every_mistake and nan"),
     ("columns that a reward may spoil", "copy.deepcopy(row[\"columns\"][name])",
      "row[\"columns\"][name]", "changes_its_arguments"),
@@ -2363,7 +2407,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("changed prompts file", "digest[:16]", "0", "changed_file"),
     ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
      "figures_are"),
-    ("logged loss scaled wrongly", '"loss": mean(loss)', '"loss": mean(loss) / B', "figures_are"),
+    ("logged loss scaled wrongly", '"loss": batch_mean(loss)', '"loss": batch_mean(loss) / B',
+     "figures_are"),
     ("autocast off in bf16", "enabled=dtype != torch.float32", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
@@ -2374,9 +2419,10 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "when_asked_for"),
     ("sampler not checked", "if difference > LARGEST_DIFFERENCE[self.dtype]:", "if False:",
      "cache_is_wrong"),
-    ("gradients not averaged", "        average(parameter.grad)\n", "        pass\n",
+    ("gradients not averaged", "        average_over_processes(parameter.grad)\n",
+     "        pass\n",
      "update_of_one"),
-    ("figures of one process", "average(values.float().mean())", "values.float().mean()",
+    ("figures of one process", "    average_over_processes(mean)\n", "",
      "update_of_one"),
     ("processes that stop at different steps",
      "dist.all_reduce(number, dist.ReduceOp.MAX)", "number *= 1 - dist.get_rank()",
