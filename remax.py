@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""ReMax in one file: REINFORCE whose baseline is the reward of the policy's own greedy response.
+"""ReMax in one file: REINFORCE with the reward of the greedy response as baseline.
 
-One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Algorithm 1):
-  1. Roll out: for each prompt x draw a response y ~ pi(.|x) and decode the greedy one, ybar.
-  2. Score: the reward r = r(x, y) and the baseline b = r(x, ybar).
-  3. Mask: a response ends with its first EOS; everything after it is padding.
-  4. Reference: the log-probs of y under pi_ref, the frozen model that training started from.
-  5. Gradient: of -sum_t log pi(y_t|x,y_<t) * A_t, where A_t is held constant and is
-     r - b - beta * sum_{s>=t} log(pi(y_s|x,y_<s) / pi_ref(y_s|x,y_<s)).
-  6. Update: clip the gradient norm, take one optimizer step, throw the rollout away.
+One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
+  1. Roll out: for each prompt x draw a response y ~ pi(.|x), and decode the
+     greedy response, ybar.
+  2. Score: the reward r = r(x, y), and the baseline b = r(x, ybar).
+  3. Mask: a response ends with its first EOS; all that follows is padding.
+  4. Reference: log-probs of y under pi_ref, the frozen model we start from.
+  5. Gradient: of -sum_t log pi(y_t|x,y_<t) * A_t, where A_t is held constant,
+     A_t = r - b - beta * sum_{s>=t} log(pi(y_s|x,y_<s) / pi_ref(y_s|x,y_<s)).
+  6. Update: clip the gradient norm, take one optimizer step, and throw the
+     rollout away.
 
 What PPO has and ReMax does not need:
-  - a critic, its optimizer, and GAE with gamma and lambda: the greedy response is the baseline;
-  - probability ratios and their clipping: there is one update per rollout, always on-policy;
-  - several epochs over one rollout, and advantages divided by their standard deviation.
+  - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
+    is the baseline;
+  - probability ratios and their clipping: there is one update per rollout,
+    always on-policy;
+  - several epochs over one rollout, and advantages divided by their standard
+    deviation.
 
 Symbols, in shapes and equations:
-  B  prompts in a batch                         x       prompt
-  P  tokens of a prompt, padded on the left     y       response, drawn from the policy
-  T  tokens of a response, padded on the right  ybar    greedy response
-  V  tokens in the vocabulary                   r, b    reward, and baseline: the reward of ybar
-  pi, pi_ref  policy and reference              A       advantage
-                                                beta    kl_coef, the price of a nat of KL
+  B  prompts in a batch               x           prompt
+  P  tokens of a prompt, left-padded  y, ybar     response, greedy response
+  T  tokens of a response,            r, b        reward, baseline
+     right-padded                     A           advantage
+  V  tokens in the vocabulary         pi, pi_ref  policy, reference
+                                      beta        kl_coef, the price of KL
 
-  python remax.py                        # a tiny GPT-2 on the CPU: under a minute, no download
-  python remax.py --model gpt2-large     # one GPU: film reviews, rewarded for being positive
-  torchrun --nproc-per-node 8 remax.py --model gpt2-large     # eight GPUs share each batch
+  python remax.py                        # a tiny GPT-2 on the CPU, no download
+  python remax.py --model gpt2-large     # one GPU: kind film reviews
+  torchrun --nproc-per-node 8 remax.py --model gpt2-large    # eight GPUs
 """
 
 import argparse
@@ -79,8 +84,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
     logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
     With greedy=False greedy_response is (0,T).
-    Raises ValueError for a model whose cache does not hold all that it has read (Mamba, RWKV,
-    BERT): token by token it would see nothing of what came before.
+    Raises ValueError for a model without a cache of all tokens that it has read (Mamba, RWKV,
+    BERT): fed one token at a time, it would not see the earlier ones.
 
     Why not generate()? It samples from the 50 likeliest tokens unless told otherwise
     (transformers#38549) and obeys the checkpoint's generation_config (trl#5783). That is not pi.
@@ -136,8 +141,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
 def response_mask(response, eos_id):
     """1 up to and including the first EOS, then 0: (B,T) -> (B,T).
 
-    By position and not by token: many tokenizers pad with EOS, and then a mask of "no padding"
-    would hide the EOS from training, so that the policy forgets how to end.
+    It goes by position, not by token. Many tokenizers pad with EOS: a mask of all that is not
+    padding would hide the true EOS too, and the policy would never learn to stop.
     """
     is_eos = (response == eos_id).long()  # (B,T)
     eos_before = is_eos.cumsum(1) - is_eos  # (B,T)
@@ -324,7 +329,7 @@ def remax_step(
             with torch.no_grad(), autocast:
                 ref_logprobs[rows, :T] = token_logprobs(reference, *inputs)
 
-    # 5. Gradient. Gradient checkpointing needs train() mode; there is no dropout to fear.
+    # 5. Gradient. Gradient checkpointing needs train() mode; load_policy() has set dropout to 0.
     policy.train()
     logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
     for rows, T, inputs in parts:
@@ -380,7 +385,7 @@ def remax_step(
 # End of the algorithm. The task: prompts in, rewards out. It knows the tokenizer and the flags.
 # =================================================================================================
 
-# What the libraries raise when a file, a name or a value that a person gave is no good.
+# What the libraries raise for a wrong file, name or value.
 BAD_INPUT = (
     OSError,
     ValueError,
@@ -590,7 +595,7 @@ def collate(tokenizer, rows, device):
 
 @contextmanager
 def forbid_exit():
-    """A reward that calls sys.exit() must not end the run as if all were well."""
+    """Without this, a reward that calls sys.exit() would end the run with exit code 0."""
     try:
         yield
     except SystemExit as error:
@@ -679,7 +684,7 @@ def decode_responses(tokenizer, rows, responses):
     """The texts of responses (N,T) to the prompts of N rows."""
     texts = []
     for row, ids in zip(rows, responses.tolist(), strict=True):
-        # Behind its prompt: alone, a response loses its first space in Llama's tokenizer.
+        # With its prompt: on its own, a response loses its first space in Llama's tokenizer.
         text = tokenizer.decode(row["prompt_ids"] + ids, skip_special_tokens=True)
         texts.append(text[len(row["prompt_text"]) :])
     return texts
@@ -1049,7 +1054,7 @@ class Run:
         if self.rank > 0:
             return checkpoint
         if checkpoint is not None:
-            # The steps after the checkpoint come again. The file may have been cut by hand, too.
+            # The steps after the checkpoint will be run again.
             size = min(checkpoint["metrics_bytes"], self.metrics.tell())
             self.metrics.truncate(size)
         else:
@@ -1183,7 +1188,7 @@ class Run:
     def train_step(self, step):
         """Draw prompts, take one step of the algorithm, log and return its figures."""
         args = self.args
-        # Noise that depends on the step alone: a resumed run draws what the whole one drew.
+        # The seed depends on the step alone, so a resumed run draws the same noise.
         seed = random.Random(f"{args.seed}/{step}").getrandbits(32)
         transformers.set_seed(seed)
         batch = random.sample(self.training_rows, args.batch_size)
@@ -1375,68 +1380,77 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_args(argv=None):
-    tiny_world = "\n".join(f"  {name} {value}" for name, value in TINY_WORLD.items())
+    tiny_world = ""
+    for name, value in TINY_WORLD.items():
+        flag = name.replace("_", "-")
+        tiny_world += f"\n  --no-{flag}" if value is False else f"\n  --{flag} {short_path(value)}"
     parser = argparse.ArgumentParser(
         usage="python remax.py [--FLAG VALUE] ...",
         description=__doc__,
-        epilog=f"Without --model these are the defaults:\n{tiny_world}",
+        epilog=f"Without --model, in the tiny world, these are the defaults:{tiny_world}",
         formatter_class=HelpFormatter,
     )
     on_or_off = argparse.BooleanOptionalAction
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fmt: off
     add = parser.add_argument_group("task").add_argument
-    add("--model", help="policy: a causal language model, hub id or folder")
+    add("--model",
+        help="the policy: a causal language model, hub id or folder; None is the tiny world")
     add("--reward", default="lvwerra/distilbert-imdb",
         help="a sequence classifier, hub id or folder, or a function, FILE.py:FUNCTION")
     add("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
         help="a json, jsonl, csv, tsv, parquet or txt file, or a dataset of the hub")
     add("--prompt-column", default="prompt",
-        help="its column of texts, or of lists of {role, content}")
+        help="the column that holds the prompts: texts, or lists of {role, content}")
     add("--max-prompt-tokens", default=64, type=positive_int,
-        help="longer texts are cut to it, longer chats are left out")
+        help="longer texts are cut; longer chats are left out")
     add("--max-new-tokens", default=48, type=positive_int,
         help="a response without EOS is cut here")
     add("--eos-token",
-        help="token that ends a response, if it is not the tokenizer's EOS")
+        help="the token that ends a response; None is the tokenizer's EOS")
     add("--missing-eos-penalty", default=0.0, type=nonnegative_float,
-        help="taken off the reward of such a response, sampled or greedy")
+        help="subtracted from the reward of every response without EOS, sampled or greedy")
 
     add = parser.add_argument_group("algorithm").add_argument
     add("--baseline", default="greedy", choices=("greedy", "none"),
         help="greedy is ReMax, none is REINFORCE")
     add("--kl-coef", default=0.01, type=nonnegative_float,
         help="beta, the price of a nat of KL to the reference; 0 loads no reference")
-    add("--steps", default=300, type=positive_int, help="rollouts, and updates: one each")
-    add("--batch-size", default=32, type=positive_int, help="prompts a step, drawn anew")
+    add("--steps", default=300, type=positive_int,
+        help="each is one rollout and one update")
+    add("--batch-size", default=32, type=positive_int,
+        help="prompts a step, drawn anew; under torchrun of all processes together")
     add("--lr", default=1e-6, type=positive_float,
         help="learning rate at the start; it falls to 0 along a cosine")
     add("--optimizer", default="adamw", choices=("adamw", "adafactor"),
-        help="adafactor: a small state, wants 10 to 30 times the --lr")
+        help="adafactor needs less memory, and an --lr 10 to 30 times higher")
     add("--max-grad-norm", default=1.0, type=positive_float,
         help="longer gradients are scaled down to this norm")
-    add("--seed", default=0, type=int, help="of the choice of prompts and of the sampling")
+    add("--seed", default=0, type=int,
+        help="for the choice of prompts and for sampling")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: on a GPU bf16 if it has it, else fp16; fp32 elsewhere")
 
     add = parser.add_argument_group("memory").add_argument
     add("--micro-batch-size", default=8, type=positive_int,
-        help="rows per backward pass: changes memory, not the gradient")
+        help="rows in one backward pass: changes memory, not the gradient")
     add("--gradient-checkpointing", default=True, action=on_or_off,
-        help="recompute activations in the backward pass")
+        help="compute activations again in the backward pass, to save memory")
     add("--offload", default=False, action=on_or_off,
-        help="reference and reward model wait on the CPU while the policy is at work")
-    add("--device", default=device, help="cpu, cuda, cuda:1, mps, ...")
+        help="reference and reward model wait in CPU memory while the policy is at work")
+    add("--device", default=device, help="cpu, cuda, cuda:1 or mps")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output-dir", help="for metrics, checkpoint and model; None: runs/MODEL-SEED")
+    add("--output-dir",
+        help="the folder for metrics, checkpoint and model; None is runs/MODEL-SEED")
     add("--eval-every", default=50, type=positive_int,
         help="steps between evaluations on held-out prompts")
     add("--save-every", default=100, type=positive_int,
-        help="steps between checkpoints of about 12 bytes a parameter with adamw, two of them "
-             "while saving; the last step and Ctrl-C write one too")
+        help="steps between checkpoints; one takes about 12 bytes a parameter with adamw, and the "
+             "old one stays until the new one is written; the last step and Ctrl-C save too")
     add("--resume", action="store_true",
-        help="continue the run in --output-dir: the same command, --steps may be more")
+        help="continue the run in --output-dir: give the same command, with larger --steps if "
+             "you like")
     # fmt: on
 
     args = parser.parse_args(argv)

@@ -1426,8 +1426,9 @@ def test_help_names_every_flag_its_default_and_the_tiny_world(columns, monkeypat
         assert f"\n{heading}\n" in said
     for name in vars(tiny_args()):
         assert "--" + name.replace("_", "-") in said
-    assert "lr 0.0006" in said
+    assert "--lr 0.0006" in said
     assert "(default: 1e-06)" in said
+    assert all(len(line) <= int(columns) for line in said.splitlines() if str(ROOT) not in line)
 
 
 def test_the_console_of_a_run_redirected_to_a_file(tmp_path):

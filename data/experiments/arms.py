@@ -2,10 +2,11 @@
 """Run an experiment: the same training with several baselines, rewards or seeds, and keep the logs.
 
     python data/experiments/arms.py tiny              # five seeds of ReMax and of REINFORCE
-    python data/experiments/arms.py smollm2 --jobs 2  # three seeds, about an hour on two cores
+    python data/experiments/arms.py smollm2 --jobs 2  # three seeds, one to two hours on two cores
 
 Every run is a command that a person could type. Its metrics.jsonl goes to
-data/results/EXPERIMENT/ARM-SEED.jsonl, its command, versions and seconds into the runs.jsonl there.
+data/results/EXPERIMENT/ARM-SEED.jsonl, and what it printed to ARM-SEED.txt; its command, versions
+and seconds go into the runs.jsonl there. --arm and --seed choose one run and replace its row.
 """
 
 import argparse
@@ -51,16 +52,18 @@ def run_arm(experiment, arm, seed, flags, threads):
     output = f"runs/arms/{experiment}-{arm}-{seed}"
     command = ["python", "remax.py", *shlex.split(flags), "--seed", str(seed)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *command[1:], "--output-dir", output],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
+    folder = ROOT / "data/results" / experiment
     log = f"{arm}-{seed}.jsonl"
-    shutil.copy(ROOT / output / "metrics.jsonl", ROOT / "data/results" / experiment / log)
+    start = time.perf_counter()
+    with open(folder / f"{arm}-{seed}.txt", "w") as console:
+        subprocess.run(
+            [sys.executable, *command[1:], "--output-dir", output],
+            cwd=ROOT,
+            env=environment,
+            stdout=console,
+            check=True,
+        )
+    shutil.copy(ROOT / output / "metrics.jsonl", folder / log)
     shutil.rmtree(ROOT / output)  # the weights are not needed any more
     print(f"{experiment} {log} {time.perf_counter() - start:.0f} s", flush=True)
     return {
@@ -80,6 +83,8 @@ def main():
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run [1]")
+    parser.add_argument("--arm", help="this arm alone")
+    parser.add_argument("--seed", type=int, help="this seed alone")
     args = parser.parse_args()
     seeds, arms = EXPERIMENTS[args.experiment]
     folder = ROOT / "data/results" / args.experiment
@@ -90,9 +95,17 @@ def main():
             pool.submit(run_arm, args.experiment, arm, seed, flags, args.threads)
             for seed in seeds
             for arm, flags in arms.items()
+            if args.arm in (None, arm) and args.seed in (None, seed)
         ]
-    rows = [json.dumps(run.result() | {"hardware": hardware}) + "\n" for run in runs]
-    (folder / "runs.jsonl").write_text("".join(rows))
+    path = folder / "runs.jsonl"
+    rows = {}
+    if path.exists():
+        for row in map(json.loads, path.read_text().splitlines()):
+            rows[row["log"]] = row
+    for run in runs:
+        row = run.result() | {"hardware": hardware}
+        rows[row["log"]] = row
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
 if __name__ == "__main__":

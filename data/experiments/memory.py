@@ -11,6 +11,7 @@ a critic of the policy's size, trained by the same recipe; "one by one" updates 
 policy's gradients are freed, "together" keeps both gradients until both step.
 """
 
+import argparse
 import contextlib
 import gc
 import json
@@ -279,6 +280,10 @@ def full_length(prompt, attention_mask, response, mask, size):
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     if not CUDA:
         remax.micro_batches, power = full_length, torch.pow
         torch.pow = lambda x, n: power(x.float() if torch.is_autocast_enabled("cpu") else x, n)

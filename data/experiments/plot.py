@@ -3,11 +3,13 @@
 
     python data/experiments/plot.py --out figure.svg --arm ReMax runs/a runs/b --arm RLOO runs/c
     python data/experiments/plot.py --out data/results/headline.svg --headline    # the README's
+    python data/experiments/plot.py --out data/results/shift.svg --shift          # the README's
 
 After --arm comes its label, then its runs: output folders, or metrics .jsonl files. Several runs of
 an arm become their mean and a band of +- 1 standard deviation. Lines are the batches trained on,
 dots the evaluations on held-out prompts. REINFORCE decodes nothing greedily in training, so its
-greedy reward is dots only. The suffix of --out decides: .svg or .png. Needs: pip install matplotlib
+greedy reward appears only as dots. The suffix of --out sets the format, .svg or .png.
+It needs: pip install matplotlib
 """
 
 import argparse
@@ -43,6 +45,7 @@ PANELS = [
     ("Gradient norm, before clipping", "grad_norm", None),
 ]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]  # Okabe and Ito
+STYLES = ["-", "--", "-.", ":"]  # they tell the arms apart in grey
 
 
 def read(path):
@@ -77,36 +80,68 @@ def smooth(values, width=5):
     return np.array([values[max(0, i + 1 - width) : i + 1].mean() for i in range(len(values))])
 
 
-def line(ax, runs, key, label, colour, style, minus=0.0):
+def line(ax, runs, key, label, colour, style, minus=0.0, **options):
     """Mean and band over runs, smoothed over five steps."""
     steps, mean, sd = curve(runs, key)
     mean, sd = smooth(mean) - minus, smooth(sd)
-    ax.plot(steps, mean, style, color=colour, label=label, lw=1.8)
+    ax.plot(steps, mean, style, color=colour, label=label, lw=1.6, **options)
     ax.fill_between(steps, mean - sd, mean + sd, alpha=0.15, lw=0, fc=colour)
 
 
-def draw_headline():
-    """The real model, and the reward with a constant added. Dashes tell the arms apart in grey."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    blue, orange = COLOURS[:2]
-    left.set_title("SmolLM2-135M, sentiment reward, 3 seeds")
-    remax, reinforce = logs("smollm2", "remax"), logs("smollm2", "reinforce")
-    line(left, remax, "greedy_reward", "ReMax, greedy response", blue, ":")
-    line(left, remax, "reward", "ReMax", blue, "-")
-    line(left, reinforce, "reward", "REINFORCE", orange, "--")
-    left.set_ylabel("reward")
-    right.set_title("Tiny world, reward + c, 5 seeds")
-    for c, remax_style, reinforce_style in ((0, "-", "--"), (5, ":", "-.")):
-        for arm, colour, style in (
-            ("ReMax", blue, remax_style),
-            ("REINFORCE", orange, reinforce_style),
-        ):
+def draw_real_model(ax):
+    """SmolLM2: lines are the sampled responses in training, markers the greedy held-out ones."""
+    for arm, colour, style, marker in (
+        ("ReMax", COLOURS[0], "-", "o"),
+        ("REINFORCE", COLOURS[1], "--", "s"),
+    ):
+        runs = logs("smollm2", arm.lower())
+        line(ax, runs, "reward", f"{arm}, sampled response", colour, style)
+        steps, mean, sd = curve(runs, "eval_greedy_reward")
+        ax.errorbar(
+            steps, mean, sd, fmt=marker, color=colour, capsize=3, label=f"{arm}, greedy response"
+        )
+    ax.set_title("A real model: SmolLM2-135M, 3 seeds")
+    ax.set_ylabel("reward")
+    ax.legend(loc="lower right")
+
+
+def draw_shifted(ax, key, ylabel, subtract_c=False):
+    """The tiny world with c added to its reward. Markers: c = 5. The two of ReMax coincide."""
+    for arm, colour, style, marker in (
+        ("ReMax", COLOURS[0], "-", "o"),
+        ("REINFORCE", COLOURS[1], "--", "s"),
+    ):
+        for c in 0, 5:
             runs = logs("shift", f"{arm.lower()}-{c}")
-            line(right, runs, "reward", f"{arm}, c = {c}", colour, style, minus=c)
-    right.set_ylabel("reward without c")
+            minus = c if subtract_c else 0
+            markers = {"marker": marker, "markevery": 6, "ms": 5} if c else {}
+            line(ax, runs, key, f"{arm}, c = {c}", colour, style, minus, **markers)
+    ax.set_ylabel(ylabel)
+
+
+def draw_headline():
+    """Left the real model, right what a constant added to the reward does to the KL."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
+    draw_real_model(left)
+    draw_shifted(right, "kl", "KL to the reference, nats")
+    right.set_title("Tiny world: c added to the reward, 5 seeds")
+    right.set_ylim(bottom=0)
+    right.legend(loc="upper right")
     for ax in left, right:
         ax.set_xlabel("step")
-        ax.legend(loc="lower right")
+    return figure
+
+
+def draw_shift():
+    """Reward, KL and gradient norm with a constant added to the reward."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    draw_shifted(axes[0], "reward", "reward without c", subtract_c=True)
+    draw_shifted(axes[1], "kl", "KL to the reference, nats")
+    draw_shifted(axes[2], "grad_norm", "gradient norm, before clipping")
+    for ax in axes:
+        ax.set_xlabel("step")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4)
     return figure
 
 
@@ -119,7 +154,9 @@ def draw_arms(arms):
         for i, (label, runs) in enumerate(arms):
             colour = COLOURS[i % len(COLOURS)]
             steps, mean, sd = curve(runs, key)
-            ax.plot(steps, mean, color=colour, zorder=3, label=f"{label}, runs: {len(runs)}")
+            style = STYLES[i % len(STYLES)]
+            label_of_arm = f"{label}, runs: {len(runs)}"
+            ax.plot(steps, mean, style, color=colour, zorder=3, label=label_of_arm)
             if sd.any():
                 ax.fill_between(steps, mean - sd, mean + sd, alpha=0.2, lw=0, fc=colour)
             # smaller for later arms: dots on one spot all stay visible
@@ -138,7 +175,8 @@ def main(argv=None):
     )
     parser.add_argument("--out", required=True, type=Path, help="the figure, .svg or .png")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--headline", action="store_true", help="the README's figure")
+    what.add_argument("--headline", action="store_true", help="the README's first figure")
+    what.add_argument("--shift", action="store_true", help="the README's second figure")
     what.add_argument(
         "--arm",
         action="append",
@@ -151,6 +189,8 @@ def main(argv=None):
         parser.error(f"--out {args.out}: .svg or .png")
     if args.headline:
         figure = draw_headline()
+    elif args.shift:
+        figure = draw_shift()
     else:
         if min(map(len, args.arm)) < 2:
             parser.error("--arm: a label, then at least one run")

@@ -1,12 +1,15 @@
 """Seconds per step on a CPU: remax.py beside TRL's RLOO and GRPO, interleaved in one process.
 
-    pip install "trl==1.16.0"  &&  python data/experiments/step_seconds.py --threads 1 --rounds 5
+    pip install "trl==1.16.0"
+    python data/experiments/step_seconds.py --threads 1 >> data/results/cpu.jsonl
+    python data/experiments/step_seconds.py --threads 2 >> data/results/cpu.jsonl
 
 Same random GPT-2, prompts, new tokens (never an EOS: every response is full), KL penalty, float32,
 threads, gradient checkpointing off. --threads holds for all three: left alone, remax.py takes one
 below 5M parameters. TRL draws two completions a prompt; ReMax one, and one greedy. Rounds take
 turns (ReMax, RLOO, GRPO, ReMax, ...); the median second of each round's steps is kept, and the
-ratio taken per round.
+ratio taken per round. Each side goes backward over all its rows at once: 32 rows for TRL, 16 for
+ReMax, which trains on the sampled response alone.
 """
 
 import argparse
@@ -33,6 +36,7 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 SIZES = {
     "1M": dict(vocab_size=700, n_embd=128, n_layer=4, n_head=4),
     "15M": dict(vocab_size=8192, n_embd=384, n_layer=6, n_head=6),
+    "135M": dict(vocab_size=32768, n_embd=768, n_layer=12, n_head=12),
 }
 
 
@@ -103,8 +107,10 @@ def remax_round(model, tokenizer, prompts, steps, args, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", nargs="+", default=["1M", "15M"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["1M", "15M", "135M"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=16)

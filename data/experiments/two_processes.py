@@ -7,6 +7,7 @@ A random GPT-2 of 17M parameters, 16 prompts a step, on a CPU with two cores. Th
 turns; of each the median step is kept, the first one left out.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -55,6 +56,10 @@ def seconds_per_step(command, threads, model, output):
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     seconds = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         parameters = make_model(f"{folder}/model")
