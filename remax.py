@@ -12,6 +12,9 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
   6. Update: clip the gradient norm, take one optimizer step, and throw the
      rollout away.
 
+The baseline is there to lower the variance: r - b is small where r itself is
+large, and on average it is worth the same.
+
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
     is the baseline;
@@ -26,10 +29,10 @@ Symbols, in shapes and equations:
   T  tokens of a response,            r, b        reward, baseline
      right-padded                     A           advantage
   V  tokens in the vocabulary         pi, pi_ref  policy, reference
-                                      beta        kl_coef, the price of KL
+  N  rows of whatever is passed       beta        kl_coef, the price of KL
 
   python remax.py                        # a tiny GPT-2 on the CPU, no download
-  python remax.py --model gpt2-large     # one GPU: kind film reviews
+  python remax.py --model gpt2-large     # one GPU: favourable film reviews
   torchrun --nproc-per-node 8 remax.py --model gpt2-large    # eight GPUs
 """
 
@@ -48,19 +51,18 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none: two runs in one folder are not noticed there
+except ImportError:  # Windows has none, so there nothing stops two runs in one folder
     fcntl = None
 
 import datasets
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 import transformers
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -84,17 +86,18 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
     logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
     With greedy=False greedy_response is (0,T).
-    Raises ValueError for a model without a cache of all tokens that it has read (Mamba, RWKV,
-    BERT): fed one token at a time, it would not see the earlier ones.
+    Raises ValueError for a model that does not cache every earlier token (Mamba, RWKV, BERT):
+    decoding token by token would lose them.
 
-    Why not generate()? It samples from the 50 likeliest tokens unless told otherwise
-    (transformers#38549) and obeys the checkpoint's generation_config (trl#5783). That is not pi.
+    Why not generate()? By default it samples from the 50 likeliest tokens (transformers#38549) and
+    obeys the checkpoint's generation_config (trl#5783), and it cannot draw one row and decode
+    another one greedily. We need pi itself.
     """
     B = len(prompt)
-    if greedy:  # two rows a prompt: the first B are sampled, the last B are greedy
-        prompt = prompt.repeat(2, 1)  # (N,P): N is 2B with greedy rows, and B without
+    N = 2 * B if greedy else B  # rows: B sampled ones, then B greedy ones
+    if greedy:
+        prompt = prompt.repeat(2, 1)  # (N,P)
         attention_mask = attention_mask.repeat(2, 1)  # (N,P)
-    N = len(prompt)
 
     cache = None
     inputs = prompt  # (N,P) at first, then the newest token of each row, (N,1)
@@ -111,10 +114,11 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             use_cache=True,
             logits_to_keep=1,
         )
+        # transformers 5.24 renamed past_key_values to cache, the argument and the output.
+        cache = getattr(output, "cache", None)
         try:
-            cache = output.cache  # transformers before 5.24 calls it past_key_values, above too
             tokens_in_cache = cache.get_seq_length()
-        except (AttributeError, ValueError):  # there is none, or it is a state without a length
+        except (AttributeError, ValueError):  # no cache, or one without a length, as Mamba's
             tokens_in_cache = 0
         if tokens_in_cache < attention_mask.size(1):
             raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
@@ -128,6 +132,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
             newest = torch.cat([sampled, best])  # (N,1)
 
+        # A row that is done goes on with padding until all are. Nobody reads what it computes.
         inputs = newest.masked_fill(done, pad_id)  # (N,1)
         tokens.append(inputs)
         done = done | (inputs == eos_id)
@@ -141,8 +146,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
 def response_mask(response, eos_id):
     """1 up to and including the first EOS, then 0: (B,T) -> (B,T).
 
-    It goes by position, not by token. Many tokenizers pad with EOS: a mask of all that is not
-    padding would hide the true EOS too, and the policy would never learn to stop.
+    It counts the EOS tokens instead of looking for padding. Many tokenizers pad with EOS: a mask of
+    all that is not padding would hide the true EOS too, and the policy would not learn to stop.
     """
     is_eos = (response == eos_id).long()  # (B,T)
     eos_before = is_eos.cumsum(1) - is_eos  # (B,T)
@@ -169,17 +174,19 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     ).logits
     logits = logits[:, -T - 1 : -1]  # (B,T,V): the logits of one column predict the next token
 
-    # logits.float().log_softmax(-1).gather(-1, response[..., None])[..., 0] would be the same,
-    # but would keep float32 copies of all logits for the backward pass. This goes row by row, and
-    # checkpoint() computes each row again in the backward pass.
     def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
         return row_logits.float().log_softmax(-1).gather(1, row_tokens[:, None])[:, 0]
 
-    rows = []
+    # All rows at once would keep float32 copies of all logits for the backward pass. So each row is
+    # computed separately, and checkpoint() computes it again in the backward pass.
+    logprobs = []
     for row_logits, row_tokens in zip(logits, response, strict=True):
-        rows.append(checkpoint(row_logprobs, row_logits, row_tokens, use_reentrant=False))
-    return torch.stack(rows).masked_fill(mask == 0, 0.0)  # (B,T)
+        row = torch.utils.checkpoint.checkpoint(
+            row_logprobs, row_logits, row_tokens, use_reentrant=False
+        )
+        logprobs.append(row)
+    return torch.stack(logprobs).masked_fill(mask == 0, 0.0)  # (B,T)
 
 
 # Where this loss comes from. The goal is a large E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
@@ -188,16 +195,20 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #    One drawn y gives an unbiased estimate of it. This is REINFORCE.
 # 2. log pi(y|x) = sum_t log pi(y_t|x,y_<t), as y is drawn token by token. So the loss is a sum over
 #    tokens, and not a mean.
-# 3. sum_y pi(y|x) = 1, so E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0. It stays 0 times
-#    any b that is fixed before y is drawn: such a b may be subtracted from r. The greedy response
-#    is fixed by x and the weights, so its reward is such a b. No gradient goes through b.
-# 4. In the same way E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0: what was fixed before token t drops
-#    out of its weight. So a token is charged only for the KL from t on.
-# 5. KL = E[sum_t log(pi / pi_ref)]: one more term of the reward. It may be detached like a reward,
-#    since the gradient of the log pi inside it is E[1 * grad log pi], which is 0 by 3.
+# 3. sum_y pi(y|x) = 1, so E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0. Multiplied by any
+#    b that is fixed before y is drawn it is still 0. So r - b gives the same expected gradient as
+#    r, with less variance if b is near r. The greedy response is fixed by x and the weights, its
+#    reward is often near r, and it needs no critic. No gradient goes through b.
+# 4. In the same way E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0. The KL that was paid before token t
+#    does not depend on y_t: it would only add noise to its weight, and is left out. r depends on
+#    the whole response, and stays.
+# 5. KL = E[sum_t log(pi / pi_ref)]. The drawn y gives an estimate, which may be negative. It is
+#    detached and subtracted from the reward: the gradient of the log pi inside it is
+#    E[1 * grad log pi], which is 0 by 3.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
-    """The scalar whose gradient is the ReMax estimator (Algorithm 1; full-step KL of App. B).
+    """The scalar whose gradient is the ReMax estimator (Algorithm 1).
 
+    Each token pays for the KL of itself and of all later tokens ("full-step", App. B).
     logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
     alone. With baseline = 0 this is REINFORCE, literally.
 
@@ -231,8 +242,8 @@ def weights_as(model, dtype):
 def micro_batches(prompt, attention_mask, response, mask, size):
     """Cut a batch into parts of at most `size` rows, which go through the models one by one.
 
-    Columns of padding cost as much as others. So rows of like length share a part, and each part
-    is cut to its longest prompt and response.
+    Padding costs as much as tokens. So rows of similar length go together, and each part is cut to
+    its longest prompt and response.
 
     prompt, attention_mask: (B,P); response, mask: (B,T).
     Yields (rows, T, inputs) for each part: the indices (N,) of its rows, the tokens of its longest
@@ -254,7 +265,10 @@ def average_over_processes(tensor):
 
 
 def average_gradients(model):
-    """Give every process of torchrun the mean of all processes' gradients."""
+    """Give every process of torchrun the mean of all processes' gradients.
+
+    DistributedDataParallel would do so for every micro-batch, and wrap the model.
+    """
     if not dist.is_initialized():
         return
     for parameter in model.parameters():
@@ -264,7 +278,7 @@ def average_gradients(model):
 
 
 def batch_mean(values):
-    """The mean of figures (B,), or of one, over the whole batch of all processes: a number."""
+    """The mean over all entries and all processes, as a number. All processes must call it."""
     mean = values.float().mean()
     average_over_processes(mean)
     return mean.item()
@@ -288,17 +302,22 @@ def remax_step(
     max_grad_norm,
     dtype,
 ):
-    """One update of the policy from B prompts. Returns the step's figures, name -> number.
+    """One update of the policy from B prompts: the six steps at the top of this file.
 
-    Under torchrun each process brings B prompts of its own, and all make the same update.
-
-    prompt, attention_mask: (B,P), padded on the left. score: responses (N,T), the sampled ones
-    before the greedy ones, -> rewards (N,). reference: a frozen model, or None if kl_coef is 0.
-    dtype: what to compute in; the weights stay in float32. greedy False: b = 0, plain REINFORCE.
+    policy, reference: causal language models; reference is frozen, or None if kl_coef is 0.
+    optimizer, scaler: of the policy; the scaler is enabled for float16 alone.
+    score: a function, responses (N,T) -> rewards (N,). It gets the sampled responses and, behind
+    them, the greedy ones.
+    prompt, attention_mask: (B,P), padded on the left.
+    greedy: False leaves the greedy rows out, and b = 0: plain REINFORCE.
+    micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
+    dtype: what to compute in; the weights stay in float32.
+    Returns the step's figures, name -> number. Under torchrun each process brings B prompts of its
+    own, all make the same update, and the figures are those of the whole batch.
     """
     B = len(prompt)
     device = prompt.device
-    # Without its cache, which would hold a 16-bit copy of every weight.
+    # Without autocast's own cache, which would hold a 16-bit copy of every weight.
     autocast = torch.autocast(
         device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
     )
@@ -309,11 +328,11 @@ def remax_step(
     with weights_as(policy, dtype):
         response, greedy_response, sampling_logprobs = rollout(
             policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, greedy
-        )  # (B,T) each
+        )  # (B,T) each, greedy_response (0,T) without greedy
     rollout_time = time.perf_counter()
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
-    rewards = score(torch.cat([response, greedy_response]))  # (2B,)
+    rewards = score(torch.cat([response, greedy_response]))  # (2B,), or (B,) without greedy
     reward = rewards[:B]  # (B,)
     baseline = rewards[B:] if greedy else torch.zeros_like(reward)  # (B,)
     score_time = time.perf_counter()
@@ -329,7 +348,7 @@ def remax_step(
             with torch.no_grad(), autocast:
                 ref_logprobs[rows, :T] = token_logprobs(reference, *inputs)
 
-    # 5. Gradient. Gradient checkpointing needs train() mode; load_policy() has set dropout to 0.
+    # 5. Gradient. Gradient checkpointing needs train() mode; load_policy() set dropout to 0.
     policy.train()
     logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
     for rows, T, inputs in parts:
@@ -348,7 +367,8 @@ def remax_step(
         scaler.scale(part_loss * share).backward()
         logprobs[rows, :T] = part_logprobs.detach()
 
-    # 6. Update. A gradient that is not finite is left out, and counted.
+    # 6. Update. A gradient that is not finite is left out, and counted. (GradScaler leaves it out
+    # too, but only where it is enabled.)
     average_gradients(policy)  # under torchrun: each process has had its share of the batch
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
@@ -359,6 +379,7 @@ def remax_step(
 
     # ---- diagnostics only below: means over the whole batch ----
     tokens = mask.sum(1)  # (B,)
+    mean_tokens = batch_mean(tokens)
     kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
     difference = ((logprobs - sampling_logprobs).abs() * mask).sum(1)  # (B,)
     loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
@@ -368,10 +389,10 @@ def remax_step(
         "advantage": batch_mean(reward - baseline),
         "zero_advantage": batch_mean(reward == baseline),
         "kl": batch_mean(kl) if reference is not None else None,
-        "entropy": batch_mean(-logprobs.sum(1)) / batch_mean(tokens),
-        "tokens": batch_mean(tokens),
+        "entropy": batch_mean(-logprobs.sum(1)) / mean_tokens,
+        "tokens": mean_tokens,
         "eos": batch_mean((response == eos_id).any(1)),
-        "sampling_logp_difference": batch_mean(difference) / batch_mean(tokens),
+        "sampling_logp_difference": batch_mean(difference) / mean_tokens,
         "loss": batch_mean(loss),
         "grad_norm": grad_norm.item(),
         "skipped": float(not grad_norm.isfinite()),
@@ -400,9 +421,9 @@ BAD_INPUT = (
 HERE = Path(__file__).resolve().parent
 
 
-def short_path(path):
-    """A path without this file's folder in front, so that lines stay short."""
-    return str(path).removeprefix(f"{HERE}{os.sep}")
+def as_text(value):
+    """A flag's value as text; a path without this file's folder in front, to keep lines short."""
+    return str(value).removeprefix(f"{HERE}{os.sep}")
 
 
 def file_of(name):
@@ -411,17 +432,17 @@ def file_of(name):
     return file if file.endswith(".py") else name
 
 
-def as_typed(args, name):
-    """A flag and its value, as a person would type them."""
-    return f"--{name.replace('_', '-')} {short_path(getattr(args, name))}"
+def fail(reason, args, *names):
+    """End the run with two lines: what is wrong, and the flags to look at."""
+    flags = [f"--{name.replace('_', '-')} {as_text(getattr(args, name))}" for name in names]
+    sys.exit(f"remax.py: {reason}\nlook at {', '.join(flags)}")
 
 
 @contextmanager
-def explain(args, *names):
-    """Answer bad input in two lines and exit: what is wrong, and the flags to look at.
+def exit_on_bad_input(args, *names):
+    """End the run by fail() if what these flags name is no good, in place of a traceback.
 
-    It stands around the loading of what a person gave, and around nothing else: a mistake in this
-    file keeps its traceback.
+    For loading and writing alone: elsewhere a ValueError is a mistake in this file.
     """
     try:
         yield
@@ -431,15 +452,15 @@ def explain(args, *names):
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # it says what is wrong with the file
         reason = str(error).strip() or type(error).__name__
-        flags = ", ".join(as_typed(args, name) for name in names)
-        sys.exit(f"remax.py: {reason.splitlines()[0]}\nlook at {flags}")
+        fail(reason.splitlines()[0], args, *names)
 
 
 def load_tokenizer(name, **options):
-    """AutoTokenizer. Raises ValueError for a folder without one: all texts would look alike."""
+    """AutoTokenizer. Raises ValueError for a folder without one."""
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    # From a folder without a tokenizer AutoTokenizer makes one of special tokens alone.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"{short_path(name)} holds no tokenizer")
+        raise ValueError(f"{as_text(name)} holds no tokenizer")
     return tokenizer
 
 
@@ -451,7 +472,9 @@ def load_policy_tokenizer(args):
             raise ValueError(f"{args.eos_token} is not one token of the policy's tokenizer")
         tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
-        raise ValueError("its tokenizer has no EOS, so no response would end: name one")
+        raise ValueError(
+            "its tokenizer has no EOS, so no response would end: name one by --eos-token"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -470,41 +493,52 @@ FILE_FORMATS = {  # suffix: (the name that datasets has for it, its options)
 def read_dataset(name):
     """The rows of a file, by its suffix, or of the training split of a dataset on the hub."""
     path = Path(name)
-    suffix = Path(name.lower().removesuffix(".gz")).suffix
-    if path.is_file():
-        if suffix not in FILE_FORMATS:
-            raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{name} is empty")
-        kind, options = FILE_FORMATS[suffix]
-        # Escaped: datasets would take a [, * or ? in the name for a wildcard.
-        file = glob.escape(name)
-        dataset = datasets.load_dataset(kind, data_files=file, split="train", **options)
-        if suffix == ".txt":
-            dataset = dataset.rename_column("text", "prompt")
-        return dataset
+    suffix = Path(name.lower().removesuffix(".gz")).suffix  # .jsonl of prompts.jsonl.gz
     if suffix in FILE_FORMATS and not path.exists():
         raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
-    return datasets.load_dataset(name, split="train")
+    if not path.is_file():
+        return datasets.load_dataset(name, split="train")
+    if suffix not in FILE_FORMATS:
+        raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name} is empty")
+    kind, options = FILE_FORMATS[suffix]
+    # Escaped: datasets would take a [, * or ? in the name for a wildcard.
+    file = glob.escape(name)
+    dataset = datasets.load_dataset(kind, data_files=file, split="train", **options)
+    if suffix == ".txt":
+        dataset = dataset.rename_column("text", "prompt")
+    return dataset
 
 
-def check_kind(prompts):
+def shortened(value):
+    """Enough of a value to find it in a file."""
+    return repr(value)[:60]
+
+
+def check_message(number, message):
+    """Raise ValueError if a message of the chat in this row lacks its role or content."""
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise ValueError(
+            f"row {number} has a message without role or content: {shortened(message)}"
+        )
+
+
+def check_prompts(prompts):
     """Raise ValueError unless all prompts are texts, or all are chats of {role, content}."""
-    kind = list if isinstance(prompts[0], list) else str
+    are_chats = isinstance(prompts[0], list)
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, kind):
-            raise ValueError(f"row {number} is not a {kind.__name__}, as row 1 is: {prompt!r:.60}")
-        if kind is str:
-            continue
-        for message in prompt:
-            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-                raise ValueError(
-                    f"row {number} has a message without role or content: {message!r:.60}"
-                )
+        if are_chats and not isinstance(prompt, list):
+            raise ValueError(f"row 1 is a chat, but row {number} is not: {shortened(prompt)}")
+        if not are_chats and not isinstance(prompt, str):
+            raise ValueError(f"row {number} is not a text: {shortened(prompt)}")
+        if are_chats:
+            for message in prompt:
+                check_message(number, message)
 
 
 def check_end_of_turn(tokenizer):
-    """Without the EOS at the end of a turn, responses would run on into the next turn."""
+    """Raise ValueError if the template ends no turn with EOS: responses would run on and on."""
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -521,7 +555,7 @@ def encode_chats(tokenizer, chats):
     check_end_of_turn(tokenizer)
     encoded = []
     for chat in chats:
-        text = ""
+        text = ""  # of an empty chat, which is left out later
         if chat:
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself: added again, BOS would stand there twice.
@@ -533,11 +567,11 @@ def read_prompts(args, tokenizer):
     """The dataset of --prompts, and the token ids of each of its prompts."""
     dataset = read_dataset(args.prompts)
     if args.prompt_column not in dataset.column_names:
-        raise ValueError(f"its columns are {', '.join(dataset.column_names)}")
+        raise ValueError(f"there is no such column, but {', '.join(dataset.column_names)}")
     if len(dataset) == 0:
         raise ValueError("there are 0 prompts")
     prompts = list(dataset[args.prompt_column])
-    check_kind(prompts)
+    check_prompts(prompts)
     if isinstance(prompts[0], list):
         return dataset, encode_chats(tokenizer, prompts)
     if tokenizer.chat_template is not None:
@@ -565,7 +599,7 @@ def make_row(args, tokenizer, columns, ids):
 
 def load_prompts(args, tokenizer):
     """Return (training rows, held-out rows), as make_row makes them."""
-    with explain(args, "prompts", "prompt_column", "eos_token"):
+    with exit_on_bad_input(args, "prompts", "prompt_column", "eos_token"):
         dataset, encoded = read_prompts(args, tokenizer)
     rows = []
     for columns, ids in zip(dataset, encoded, strict=True):
@@ -575,14 +609,14 @@ def load_prompts(args, tokenizer):
 
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
     held_out = min(128, math.ceil(len(rows) / 5))  # a fifth, but no more than are needed
-    training = len(rows) - held_out
-    line = f"{len(rows)} prompts: {training} to train on, {held_out} held out"
+    for_training = len(rows) - held_out
+    message = f"{len(rows)} prompts: {for_training} to train on, {held_out} held out"
     if len(rows) < len(dataset):
-        line += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
-    print(line)
-    with explain(args, "prompts", "max_prompt_tokens", "batch_size"):
-        if training < args.batch_size:
-            raise ValueError(f"{training} prompts to train on are fewer than one batch")
+        message += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
+    print(message)
+    if for_training < args.batch_size:
+        reason = f"{for_training} prompts to train on are fewer than one batch"
+        fail(reason, args, "prompts", "max_prompt_tokens", "batch_size")
     return rows[held_out:], rows[:held_out]
 
 
@@ -604,23 +638,23 @@ def forbid_exit():
 
 def load_reward_function(args):
     """The function of FILE.py:FUNCTION. What the file itself raises keeps its traceback."""
-    path, _, function = args.reward.rpartition(":")
-    with explain(args, "reward"):
-        if not path.endswith(".py"):
-            raise ValueError("name the function too: FILE.py:FUNCTION")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, path)
+    path, _, function_name = args.reward.rpartition(":")
+    if not path.endswith(".py"):
+        fail("name the function too: FILE.py:FUNCTION", args, "reward")
+    if not Path(path).is_file():
+        fail(f"there is no file {path}", args, "reward")
+    # By its path: import_module() would prefer an installed module of the same name.
+    module_name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
-    sys.modules.setdefault(name, module)  # a process pool looks here for the file's functions
+    sys.modules.setdefault(module_name, module)  # a process pool looks here for the functions
     with forbid_exit():
         spec.loader.exec_module(module)
-    with explain(args, "reward"):
-        if not callable(getattr(module, function, None)):
-            raise ValueError(f"{path} has no function {function}")
-    return getattr(module, function)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        fail(f"{path} has no function {function_name}", args, "reward")
+    return function
 
 
 class RewardModel:
@@ -647,9 +681,10 @@ class RewardModel:
         self.device = torch.device("cpu")
 
     def texts(self, prompts, completions):
-        """Prompt and completion as one text each, and whether it holds its special tokens."""
-        # Two texts add up to a text, two lists of messages to a chat.
-        whole = [p + c for p, c in zip(prompts, completions, strict=True)]
+        """(one text for each prompt and completion, whether a template put special tokens in)."""
+        whole = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            whole.append(prompt + completion)  # two texts, or two lists of messages
         if isinstance(whole[0], str):
             return whole, False
         if self.tokenizer.chat_template is None:
@@ -676,7 +711,7 @@ def load_reward(args, dtype):
     """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
     if file_of(args.reward).endswith(".py"):
         return load_reward_function(args)
-    with explain(args, "reward"):
+    with exit_on_bad_input(args, "reward"):
         return RewardModel(args.reward, dtype)
 
 
@@ -691,7 +726,7 @@ def decode_responses(tokenizer, rows, responses):
 
 
 def reward_arguments(tokenizer, rows, responses):
-    """What a reward function gets: prompts, completions and the dataset's other columns, lists."""
+    """prompts, completions and every other column of the dataset: lists of one entry a row."""
     arguments = {}
     for name in rows[0]["columns"]:
         # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
@@ -708,9 +743,9 @@ def as_rewards(values, N, device):
     try:
         rewards = torch.as_tensor(values, dtype=torch.float32, device=device).detach()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"rewards must be a list of numbers, not {values!r:.60}") from error
+        raise ValueError(f"rewards must be numbers, not {shortened(values)}") from error
     if rewards.shape != (N,) or not rewards.isfinite().all():
-        raise ValueError(f"{N} finite numbers are due as rewards, not {rewards}")
+        raise ValueError(f"the reward must return {N} finite numbers, not {rewards}")
     return rewards
 
 
@@ -719,7 +754,7 @@ def score_responses(args, reward, tokenizer, rows, responses):
     arguments = reward_arguments(tokenizer, rows, responses)
     with forbid_exit():
         values = reward(**arguments)  # what a person's own function raises keeps its traceback
-    with explain(args, "reward"):
+    with exit_on_bad_input(args, "reward"):
         rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
     return rewards - args.missing_eos_penalty * has_no_eos
@@ -742,18 +777,20 @@ def choose_device(name):
         torch.cuda.set_device(device)  # nccl uses the current one
     if device.type == "mps":
         print("device mps: nobody has tested remax.py there")
-    torch.zeros(1, device=device)  # fails here, and not later, for a GPU that is not there
+    torch.zeros(1, device=device)  # raises now if there is no such device
     return device
 
 
 def choose_dtype(precision, device):
     """What to compute in. auto: on a GPU bfloat16 if it has it, else float16; float32 elsewhere."""
-    if precision == "auto":
-        precision = "fp32"
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = "bf16" if has_bf16 else "fp16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if precision == "bf16":
+        return torch.bfloat16
+    if precision == "fp16":
+        return torch.float16
+    if precision == "fp32" or device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def load_model(auto_class, name, **options):
@@ -769,10 +806,10 @@ def load_model(auto_class, name, **options):
     )
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
-        raise ValueError(f"{short_path(name)} has no fitting weights for {absent[0]}")
+        raise ValueError(f"{as_text(name)} has no fitting weights for {absent[0]}")
     for parameter in model.parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{short_path(name)} has weights that are not finite")
+            raise ValueError(f"{as_text(name)} has weights that are not finite")
     return model
 
 
@@ -781,7 +818,7 @@ def turn_off_noise(config):
 
     With them two passes over one text disagree, and the KL is noise (trl#3500).
     """
-    for name, value in vars(config).items():
+    for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             turn_off_noise(value)
         elif isinstance(value, float) and ("drop" in name or "jitter" in name):
@@ -806,7 +843,6 @@ def load_policy(args):
     turn_off_noise(config)  # before the modules read it
     # float32: bfloat16 weights would round an update of 1e-6 away.
     policy = load_model(AutoModelForCausalLM, args.model, config=config, dtype=torch.float32)
-    policy.config = AutoConfig.from_pretrained(args.model)  # it is saved with its dropout as it was
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -822,7 +858,7 @@ def load_reference(args, dtype):
 def make_optimizer(args, policy):
     if args.optimizer == "adafactor":
         return torch.optim.Adafactor(policy.parameters(), args.lr)
-    # fused: torch's default on CUDA, foreach, takes as much memory again as the gradients.
+    # fused=True: CUDA's default, foreach, needs extra memory of the size of the gradients.
     return torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
 
 
@@ -865,13 +901,14 @@ LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0
 
 
 def comparable(args):
-    """The flags as texts that --resume can compare: a file by its content, wherever it lies."""
-    values = {name: short_path(value) for name, value in vars(args).items()}
+    """The flags as texts for --resume to compare; prompts and reward files by their content."""
+    values = {name: as_text(value) for name, value in vars(args).items()}
     for name in "prompts", "reward":
-        path = Path(file_of(getattr(args, name)))
+        given = getattr(args, name)  # a file, FILE.py:FUNCTION, or a name on the hub
+        path = Path(file_of(given))
         if path.is_file():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            values[name] = f"{Path(getattr(args, name)).name} with the sha256 {digest[:16]}"
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            values[name] = f"{Path(given).name} with the sha256 {digest}"
     return values
 
 
@@ -894,17 +931,16 @@ def open_metrics(folder):
 
 
 def read_checkpoint(args, path):
-    """The checkpoint that --resume goes on from. Raises ValueError for that of another run."""
+    """The checkpoint that --resume goes on from. Raises ValueError if other flags made it."""
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     now = comparable(args)
     for name, before in checkpoint["args"].items():
-        if now[name] == before or name in MAY_CHANGE:
-            continue
-        if name == "steps" and args.steps > int(before):
-            continue  # a run may be made longer
-        raise ValueError(f"--{name.replace('_', '-')} {now[name]}: the run has {before}")
+        is_longer_run = name == "steps" and args.steps > int(before)
+        if now[name] != before and name not in MAY_CHANGE and not is_longer_run:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {now[name]}, but the run was made with {before}")
     return checkpoint
 
 
@@ -915,7 +951,7 @@ def refuse_old_run(args, folder, metrics):
             f"{args.output_dir} holds a run: --resume continues it, "
             "another --output-dir starts a new one"
         )
-    if metrics.tell() > 0:
+    if metrics.tell() > 0:  # opened to append: the file was not empty
         raise ValueError(
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
@@ -932,7 +968,7 @@ def save_checkpoint(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except RuntimeError as error:
-        # A full disk reaches us as torch's "unexpected pos", raised while an OSError was handled.
+        # On a full disk torch hides the OSError behind a RuntimeError("unexpected pos").
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -954,7 +990,8 @@ class StopRequest:
             signal.signal(number, self.receive)
         if hasattr(os, "register_at_fork"):
             # A reward function may fork, and terminate() must end its child. So the child gets the
-            # default handlers back, and signals wait until it has them.
+            # default handlers back. Signals are held during the fork: one that came before the
+            # child has them would be lost.
             os.register_at_fork(
                 before=self.hold_signals,
                 after_in_parent=self.release_signals,
@@ -970,8 +1007,8 @@ class StopRequest:
             os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
         else:  # the terminal is gone, and printing to it would fail
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+            os.dup2(nowhere, 1)  # standard output
+            os.dup2(nowhere, 2)  # standard error
 
     def hold_signals(self):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -984,7 +1021,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
         self.release_signals()
 
-    def of_any_process(self):
+    def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
         number = torch.tensor(self.signal_number or 0)
         if dist.is_initialized():
@@ -1013,21 +1050,21 @@ class Run:
         self.args = args
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
-        with explain(args, "batch_size"):
-            if args.batch_size % self.processes != 0:
-                raise ValueError(f"the batch does not divide among {self.processes} processes")
-        with explain(args, "device"):
+        if args.batch_size % self.processes != 0:
+            reason = f"the batch does not divide among {self.processes} processes"
+            fail(reason, args, "batch_size")
+        with exit_on_bad_input(args, "device"):
             self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.precision, self.device)
-        with explain(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
+        with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
-        with explain(args, "output_dir"):
+        with exit_on_bad_input(args, "output_dir"):
             checkpoint = self.open_folder()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype)
         self.say_how_chats_are_scored()
-        with explain(args, "model", "gradient_checkpointing"):
+        with exit_on_bad_input(args, "model", "gradient_checkpointing"):
             self.policy = load_policy(args)
             self.reference = load_reference(args, self.dtype)
             self.check_token_ids()
@@ -1038,26 +1075,29 @@ class Run:
         is_fp16 = self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=is_fp16)
         self.steps_done = 0
+        self.steps_without_learning = 0  # in a row
         if checkpoint is not None:
-            with explain(args, "output_dir", "model"):
+            with exit_on_bad_input(args, "output_dir", "model"):
                 self.restore(checkpoint)
         self.announce()
+        if self.policy.num_parameters() < 5e6:
+            # So small a model is no faster on two threads, and 20 times slower on them when
+            # another process wants one of the cores.
+            torch.set_num_threads(1)
 
     def open_folder(self):
         """Open metrics.jsonl, and read the checkpoint to resume from; return it, or None."""
         self.folder = Path(self.args.output_dir).resolve()
         if self.rank == 0:
-            self.metrics = open_metrics(self.folder)
+            self.metrics = open_metrics(self.folder)  # locked before the checkpoint is read
         checkpoint = None
         if self.args.resume:
             checkpoint = read_checkpoint(self.args, self.folder / "checkpoint.pt")
-        if self.rank > 0:
-            return checkpoint
-        if checkpoint is not None:
+        if self.rank == 0 and checkpoint is not None:
             # The steps after the checkpoint will be run again.
             size = min(checkpoint["metrics_bytes"], self.metrics.tell())
             self.metrics.truncate(size)
-        else:
+        if self.rank == 0 and checkpoint is None:
             refuse_old_run(self.args, self.folder, self.metrics)
             (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
         return checkpoint
@@ -1072,8 +1112,11 @@ class Run:
         """Raise ValueError for a prompt with a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
         for row in self.training_rows + self.held_out_rows:
-            if max(row["prompt_ids"]) >= embeddings:
-                raise ValueError(f"its tokenizer has more tokens than its {embeddings} embeddings")
+            largest = max(row["prompt_ids"])
+            if largest >= embeddings:
+                raise ValueError(
+                    f"the tokenizer has a token {largest}, the policy {embeddings} embeddings"
+                )
 
     def place_frozen_models(self):
         """Put reference and reward model on the policy's device, or let them come and go."""
@@ -1100,20 +1143,16 @@ class Run:
         args = self.args
         millions = self.policy.num_parameters() / 1e6
         print(
-            f"policy {short_path(args.model)} ({millions:.1f}M parameters), "
+            f"policy {as_text(args.model)} ({millions:.1f}M parameters), "
             f"reference {'the same' if self.reference is not None else 'none'}, "
-            f"reward {short_path(args.reward)}, "
+            f"reward {as_text(args.reward)}, "
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
-        if millions < 5:
-            # So small a model is no faster on two threads, and 20 times slower on them when
-            # another process wants one of the cores.
-            torch.set_num_threads(1)
 
     def log(self, row):
         if self.rank > 0:
             return
-        with explain(self.args, "output_dir"):
+        with exit_on_bad_input(self.args, "output_dir"):
             self.metrics.write(json.dumps(row) + "\n")
 
     def score(self, rows, responses):
@@ -1129,7 +1168,7 @@ class Run:
 
     def evaluate_batch(self, rows):
         """Answer B rows, sampled and greedy; return a dict of figures and texts for each."""
-        tokenizer = self.tokenizer
+        B, tokenizer = len(rows), self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
         response, greedy_response, _ = rollout(
             self.policy,
@@ -1140,22 +1179,28 @@ class Run:
             tokenizer.pad_token_id,
         )  # (B,T) each
         rewards = self.score(rows + rows, torch.cat([response, greedy_response])).tolist()
-        B = len(rows)
-        results = {
-            "eval_reward": rewards[:B],
-            "eval_greedy_reward": rewards[B:],
-            "text": decode_responses(tokenizer, rows, response),
-            "greedy_text": decode_responses(tokenizer, rows, greedy_response),
-            "eval_kl": [None] * B,
-        }
+        texts = decode_responses(tokenizer, rows, response)
+        greedy_texts = decode_responses(tokenizer, rows, greedy_response)
+        kl = [None] * B
         if self.reference is not None:
-            results["eval_kl"] = self.kl_to_reference(prompt, attention_mask, response).tolist()
-        return [{name: values[i] for name, values in results.items()} for i in range(B)]
+            kl = self.kl_to_reference(prompt, attention_mask, response).tolist()
+        results = []
+        for i in range(B):
+            result = {
+                "eval_reward": rewards[i],
+                "eval_greedy_reward": rewards[B + i],
+                "eval_kl": kl[i],
+                "text": texts[i],
+                "greedy_text": greedy_texts[i],
+            }
+            results.append(result)
+        return results
 
     @torch.no_grad()
     def evaluate(self):
         """Return (figures, samples): means over the held-out rows, and three of them in words."""
-        rows, size = self.held_out_rows, self.args.batch_size
+        rows = self.held_out_rows
+        size = self.args.batch_size
         torch.manual_seed(0)  # the same noise every time
         self.policy.eval()
         results = []
@@ -1178,35 +1223,48 @@ class Run:
 
     def evaluate_and_log(self, step):
         if self.rank > 0:
-            return
+            return  # the other processes wait for the first one at their next common figure
         figures, samples = self.evaluate()
         self.log({"step": step} | figures)
         tqdm.write(f"step {step}: held-out {in_words(figures, 'eval_')}")
         for sample in samples:
             tqdm.write(sample)
 
+    def learning_rate(self, step):
+        """A cosine from --lr down to 0. It depends on the step alone: no scheduler to resume."""
+        progress = (step - 1) / self.args.steps
+        return self.args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def draw_rows(self, step):
+        """This process's share of the step's prompts. From here on it draws its own noise.
+
+        All noise of a step comes from the seed and the step: a resumed run draws the same.
+        """
+        seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)
+        transformers.set_seed(seed)  # of random, numpy and torch: a reward may use any of them
+        batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all processes
+        torch.manual_seed(seed + self.rank)
+        return batch[self.rank :: self.processes]
+
     def train_step(self, step):
         """Draw prompts, take one step of the algorithm, log and return its figures."""
         args = self.args
-        # The seed depends on the step alone, so a resumed run draws the same noise.
-        seed = random.Random(f"{args.seed}/{step}").getrandbits(32)
-        transformers.set_seed(seed)
-        batch = random.sample(self.training_rows, args.batch_size)
-        rows = batch[self.rank :: self.processes]  # the share of this process,
-        torch.manual_seed(seed + self.rank)  # which draws its own noise
+        rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         is_greedy = args.baseline == "greedy"
         scored_rows = rows + rows if is_greedy else rows  # of the sampled, then of the greedy ones
-        progress = (step - 1) / args.steps
-        lr = args.lr * 0.5 * (1 + math.cos(math.pi * progress))  # a cosine from --lr to 0
+
+        def score(responses):
+            return self.score(scored_rows, responses)
+
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.learning_rate(step)
         figures = remax_step(
             self.policy,
             self.reference,
             self.optimizer,
             self.scaler,
-            partial(self.score, scored_rows),
+            score,
             prompt,
             attention_mask,
             eos_id=self.tokenizer.eos_token_id,
@@ -1219,18 +1277,18 @@ class Run:
             dtype=self.dtype,
         )
         figures["peak_memory_gb"] = peak_memory_gb(self.device)
-        self.log({"step": step, "lr": lr} | figures)
+        self.log({"step": step, "lr": self.learning_rate(step)} | figures)
         return figures
 
     def check_sampler(self, figures):
         """Refuse a model whose decoding with a cache is not what its full forward computes."""
         difference = figures["sampling_logp_difference"]
         if difference > LARGEST_DIFFERENCE[self.dtype]:
-            sys.exit(
-                f"remax.py: sampling_logp_difference is {difference:.2g} nats a token: this "
-                "model's cached decoding is not what its full forward computes\n"
-                f"look at {as_typed(self.args, 'model')}, {as_typed(self.args, 'precision')}"
+            reason = (
+                f"sampling_logp_difference is {difference:.2g} nats a token: this model's cached "
+                "decoding is not what its full forward computes"
             )
+            fail(reason, self.args, "model", "precision")
 
     def save(self, step):
         if self.rank > 0:
@@ -1243,34 +1301,43 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        with explain(self.args, "output_dir"):
+        with exit_on_bad_input(self.args, "output_dir"):
             save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
     def save_model(self):
         """Save the policy and its tokenizer. Only the weights differ from what was loaded."""
-        with explain(self.args, "output_dir"):
+        with exit_on_bad_input(self.args, "output_dir"):
+            # load_policy() has set dropout to 0. It is saved as it was.
+            self.policy.config = AutoConfig.from_pretrained(self.args.model)
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
     def warn_if_nothing_is_learned(self, figures):
         """Say it once, after 20 steps in a row that teach nothing."""
         has_no_advantage = figures["zero_advantage"] == 1
+        # An estimate of a KL near 0 may be a little negative, but not by a nat, step after step.
         has_wrong_kl = figures["kl"] is not None and figures["kl"] < -1
         if not has_no_advantage and not has_wrong_kl:
             self.steps_without_learning = 0
             return
         self.steps_without_learning += 1
-        if self.steps_without_learning == 20:
-            tqdm.write(
-                "warning: 20 steps of zero_advantage 1 (a collapsed policy, a constant "
-                "reward?) or of kl below -1 (samples from what is not the policy?)"
-            )
+        if self.steps_without_learning != 20:
+            return
+        if has_no_advantage:
+            tqdm.write("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
+        else:
+            tqdm.write("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
+
+    def show(self, bar, step, figures):
+        """On a terminal in front of the bar, elsewhere as a line."""
+        if bar.disable:
+            print(f"step {step}: {in_words(figures)}", flush=True)
+        else:
+            bar.set_description_str(in_words(figures), refresh=False)
 
     def train(self, stop):
         """Every step, with the evaluations and checkpoints that are due after it."""
         args = self.args
-        self.steps_without_learning = 0
-        steps_skipped = 0  # in a row
         if self.steps_done == 0:
             self.evaluate_and_log(0)
         first_step = self.steps_done + 1
@@ -1279,33 +1346,34 @@ class Run:
             initial=self.steps_done,
             total=args.steps,
             file=sys.stdout,
-            disable=None,  # no bar where there is no terminal to draw it on
+            disable=not sys.stdout.isatty(),
         )
+        steps_skipped = 0  # in a row
         for step in bar:
             figures = self.train_step(step)
             if step == first_step:
                 self.check_sampler(figures)
-            if bar.disable:
-                print(f"step {step}: {in_words(figures)}", flush=True)
-            else:
-                bar.set_description_str(in_words(figures), refresh=False)
+            self.show(bar, step, figures)
             self.warn_if_nothing_is_learned(figures)
-            steps_skipped = steps_skipped + 1 if figures["skipped"] else 0
+            if figures["skipped"]:
+                steps_skipped += 1
+            else:
+                steps_skipped = 0
 
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
-            signal_number = stop.of_any_process()
+            signal_number = stop.signal_of_any_process()
             is_stuck = steps_skipped == 5
-            if is_last or step % args.save_every == 0 or signal_number or is_stuck:
+            must_stop = is_stuck or signal_number != 0
+            if is_last or must_stop or step % args.save_every == 0:
                 self.save(step)
-            if signal_number:
+            if signal_number != 0:
                 tqdm.write(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
             if is_stuck:
-                sys.exit(
-                    "remax.py: no finite gradient in 5 steps; a checkpoint is saved\n"
-                    f"look at {as_typed(args, 'lr')} (lower), {as_typed(args, 'precision')} (fp32)"
+                fail(
+                    "no finite gradient in 5 steps; a checkpoint is saved", args, "lr", "precision"
                 )
 
 
@@ -1379,85 +1447,98 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows each flag's default, and leaves the lines of the description as they are."""
 
 
-def parse_args(argv=None):
-    tiny_world = ""
+def tiny_world_defaults():
+    """TINY_WORLD as a person would type it."""
+    flags = []
     for name, value in TINY_WORLD.items():
         flag = name.replace("_", "-")
-        tiny_world += f"\n  --no-{flag}" if value is False else f"\n  --{flag} {short_path(value)}"
+        if value is False:
+            flags.append(f"  --no-{flag}")
+        else:
+            flags.append(f"  --{flag} {as_text(value)}")
+    return "\n".join(flags)
+
+
+def make_parser():
     parser = argparse.ArgumentParser(
         usage="python remax.py [--FLAG VALUE] ...",
         description=__doc__,
-        epilog=f"Without --model, in the tiny world, these are the defaults:{tiny_world}",
+        epilog=f"Without --model, in the tiny world, the defaults are:\n{tiny_world_defaults()}",
         formatter_class=HelpFormatter,
     )
-    on_or_off = argparse.BooleanOptionalAction
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_or_off = argparse.BooleanOptionalAction
     # fmt: off
-    add = parser.add_argument_group("task").add_argument
-    add("--model",
+    task = parser.add_argument_group("task")
+    task.add_argument("--model",
         help="the policy: a causal language model, hub id or folder; None is the tiny world")
-    add("--reward", default="lvwerra/distilbert-imdb",
+    task.add_argument("--reward", default="lvwerra/distilbert-imdb",
         help="a sequence classifier, hub id or folder, or a function, FILE.py:FUNCTION")
-    add("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
+    task.add_argument("--prompts", default=f"{HERE}/data/tiny/prompts.jsonl",
         help="a json, jsonl, csv, tsv, parquet or txt file, or a dataset of the hub")
-    add("--prompt-column", default="prompt",
+    task.add_argument("--prompt-column", default="prompt",
         help="the column that holds the prompts: texts, or lists of {role, content}")
-    add("--max-prompt-tokens", default=64, type=positive_int,
+    task.add_argument("--max-prompt-tokens", default=64, type=positive_int,
         help="longer texts are cut; longer chats are left out")
-    add("--max-new-tokens", default=48, type=positive_int,
+    task.add_argument("--max-new-tokens", default=48, type=positive_int,
         help="a response without EOS is cut here")
-    add("--eos-token",
+    task.add_argument("--eos-token",
         help="the token that ends a response; None is the tokenizer's EOS")
-    add("--missing-eos-penalty", default=0.0, type=nonnegative_float,
+    task.add_argument("--missing-eos-penalty", default=0.0, type=nonnegative_float,
         help="subtracted from the reward of every response without EOS, sampled or greedy")
 
-    add = parser.add_argument_group("algorithm").add_argument
-    add("--baseline", default="greedy", choices=("greedy", "none"),
+    algorithm = parser.add_argument_group("algorithm")
+    algorithm.add_argument("--baseline", default="greedy", choices=("greedy", "none"),
         help="greedy is ReMax, none is REINFORCE")
-    add("--kl-coef", default=0.01, type=nonnegative_float,
+    algorithm.add_argument("--kl-coef", default=0.01, type=nonnegative_float,
         help="beta, the price of a nat of KL to the reference; 0 loads no reference")
-    add("--steps", default=300, type=positive_int,
+    algorithm.add_argument("--steps", default=300, type=positive_int,
         help="each is one rollout and one update")
-    add("--batch-size", default=32, type=positive_int,
+    algorithm.add_argument("--batch-size", default=32, type=positive_int,
         help="prompts a step, drawn anew; under torchrun of all processes together")
-    add("--lr", default=1e-6, type=positive_float,
+    algorithm.add_argument("--lr", default=1e-6, type=positive_float,
         help="learning rate at the start; it falls to 0 along a cosine")
-    add("--optimizer", default="adamw", choices=("adamw", "adafactor"),
+    algorithm.add_argument("--optimizer", default="adamw", choices=("adamw", "adafactor"),
         help="adafactor needs less memory, and an --lr 10 to 30 times higher")
-    add("--max-grad-norm", default=1.0, type=positive_float,
+    algorithm.add_argument("--max-grad-norm", default=1.0, type=positive_float,
         help="longer gradients are scaled down to this norm")
-    add("--seed", default=0, type=int,
+    algorithm.add_argument("--seed", default=0, type=int,
         help="for the choice of prompts and for sampling")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+    algorithm.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: on a GPU bf16 if it has it, else fp16; fp32 elsewhere")
 
-    add = parser.add_argument_group("memory").add_argument
-    add("--micro-batch-size", default=8, type=positive_int,
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--micro-batch-size", default=8, type=positive_int,
         help="rows in one backward pass: changes memory, not the gradient")
-    add("--gradient-checkpointing", default=True, action=on_or_off,
+    memory.add_argument("--gradient-checkpointing", default=True, action=on_or_off,
         help="compute activations again in the backward pass, to save memory")
-    add("--offload", default=False, action=on_or_off,
+    memory.add_argument("--offload", default=False, action=on_or_off,
         help="reference and reward model wait in CPU memory while the policy is at work")
-    add("--device", default=device, help="cpu, cuda, cuda:1 or mps")
+    memory.add_argument("--device", default=device, help="cpu, cuda, cuda:1 or mps")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output-dir",
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir",
         help="the folder for metrics, checkpoint and model; None is runs/MODEL-SEED")
-    add("--eval-every", default=50, type=positive_int,
+    run.add_argument("--eval-every", default=50, type=positive_int,
         help="steps between evaluations on held-out prompts")
-    add("--save-every", default=100, type=positive_int,
+    run.add_argument("--save-every", default=100, type=positive_int,
         help="steps between checkpoints; one takes about 12 bytes a parameter with adamw, and the "
              "old one stays until the new one is written; the last step and Ctrl-C save too")
-    add("--resume", action="store_true",
+    run.add_argument("--resume", action="store_true",
         help="continue the run in --output-dir: give the same command, with larger --steps if "
              "you like")
     # fmt: on
 
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
-    run_name = "tiny-policy"
     if args.model is None:
         parser.set_defaults(**TINY_WORLD)
-        args = parser.parse_args(argv)  # again: flags that were given stay as they are
+        args = parser.parse_args(argv)  # again, with these defaults
+        run_name = "tiny-policy"
     else:
         run_name = Path(args.model).name
     if args.output_dir is None:
@@ -1493,8 +1574,7 @@ def main(argv=None):
         run.train(stop)
     except torch.OutOfMemoryError as error:
         names = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
-        flags = ", ".join(as_typed(args, name) for name in names)
-        sys.exit(f"remax.py: {str(error).splitlines()[0]}\nlook at {flags}")
+        fail(str(error).splitlines()[0], args, *names)
     if run.rank == 0:
         run.save_model()
         print_summary(run.folder / "metrics.jsonl")

@@ -1575,10 +1575,13 @@ def two_steps(small, tmp_path_factory):
     "flags, words",
     [
         ("--steps 2", "holds a run: --resume continues it, another --output-dir starts a new"),
-        ("--steps 2 --resume --lr 1e-5", "--lr 1e-05: the run has 0.0006"),
-        ("--steps 1 --resume", "--steps 1: the run has 2"),
-        ("--steps 2 --resume --baseline none", "--baseline none: the run has greedy"),
-        ("--steps 2 --resume --seed 1", "--seed 1: the run has 0"),
+        ("--steps 2 --resume --lr 1e-5", "--lr is 1e-05, but the run was made with 0.0006"),
+        ("--steps 1 --resume", "--steps is 1, but the run was made with 2"),
+        (
+            "--steps 2 --resume --baseline none",
+            "--baseline is none, but the run was made with greedy",
+        ),
+        ("--steps 2 --resume --seed 1", "--seed is 1, but the run was made with 0"),
     ],
 )
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(
@@ -2006,7 +2009,7 @@ def test_resume_with_a_changed_file_is_refused(tmp_path, capsys, name):
         file.write("\n")
     code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run", "--steps", 2, "--resume")
     assert code == 1
-    assert f"--{name.split('.')[0]} {name}" in said[-2]
+    assert f"--{name.split('.')[0]} is {name}" in said[-2]
 
 
 def test_without_assertions_a_second_run_is_refused_all_the_same(two_steps, small):
@@ -2336,7 +2339,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("log-softmax in bf16", "row_logits.float().log_softmax", "row_logits.log_softmax",
      "taken_in_float32"),
     ("float32 copy of all logits kept",
-     "checkpoint(row_logprobs, row_logits, row_tokens, use_reentrant=False)",
+     "torch.utils.checkpoint.checkpoint(\n"
+     "            row_logprobs, row_logits, row_tokens, use_reentrant=False\n        )",
      "row_logprobs(row_logits, row_tokens)", "no_float32"),
     ("off by one in the logits", "logits[:, -T - 1 : -1]", "logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing",
@@ -2358,43 +2362,45 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "ignores_padding"),
     ("columns misaligned with rows", "scored_rows = rows + rows if is_greedy",
      "scored_rows = [row for row in rows for _ in range(2)] if is_greedy", "greedy_half_gets"),
-    ("weights saved with use_cache off", "policy.config = AutoConfig.from_pretrained(args.model)",
-     "policy.config = AutoConfig.from_pretrained(args.model, use_cache=False)", "saved_model"),
-    ("dropout saved as 0", "policy.config = AutoConfig.from_pretrained(args.model)", "pass",
-     "saved_model"),
+    ("weights saved with use_cache off", "AutoConfig.from_pretrained(self.args.model)",
+     "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model"),
+    ("dropout saved as 0", "self.policy.config = AutoConfig.from_pretrained(self.args.model)",
+     "pass", "saved_model"),
     ("finished rows go on", ".masked_fill(done, pad_id)", "", "half_of_the_rollout"),
-    ("resume that forgets the RNG", 'random.Random(f"{args.seed}/{step}").getrandbits(32)',
-     "args.seed + (step - self.steps_done)", "twelve_times"),
+    ("resume that forgets the RNG", 'random.Random(f"{self.args.seed}/{step}").getrandbits(32)',
+     "self.args.seed + (step - self.steps_done)", "twelve_times"),
     ("resume that forgets the weights", 'self.policy.load_state_dict(checkpoint["policy"])', "pass",
      "twelve_times"),
     ("resume that forgets the optimizer",
      'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "twelve_times"),
-    ("resume that restarts the learning rate", "progress = (step - 1) / args.steps",
-     "progress = (step - 1 - self.steps_done) / args.steps", "extend_a_run"),
+    ("resume that restarts the learning rate", "progress = (step - 1) / self.args.steps",
+     "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
      "self.metrics.truncate(size)", "pass", "cut_off"),
-    ("resume with other mathematics", "if now[name] == before or name in MAY_CHANGE:", "if True:",
-     "resumed_as_another"),
+    ("resume with other mathematics", "if now[name] != before and name not in MAY_CHANGE",
+     "if False", "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
      "unfinished = path",
      "disk_full_while"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
-    ("stop that saves nothing", "step % args.save_every == 0 or signal_number or",
-     "step % args.save_every == 0 or", "stop_signal"),
+    ("stop that saves nothing", "must_stop = is_stuck or signal_number != 0",
+     "must_stop = is_stuck", "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
      "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
     ("bugs answered like mistakes", "            figures = self.train_step(step)\n",
-     '            with explain(args, "lr"):\n                figures = self.train_step(step)\n',
+     '            with exit_on_bad_input(args, "lr"):\n'
+     "                figures = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
-     "        transformers.set_seed(seed)\n"
-     "        batch = random.sample(self.training_rows, args.batch_size)\n"
-     "        rows = batch[self.rank :: self.processes]  # the share of this process,\n"
-     "        torch.manual_seed(seed + self.rank)",
-     "        step > 1 or transformers.set_seed(args.seed)\n"
-     "        rows = random.sample(self.training_rows, args.batch_size)",
+     "        transformers.set_seed(seed)  # of random, numpy and torch: a reward may use any of "
+     "them\n"
+     "        batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all "
+     "processes\n"
+     "        torch.manual_seed(seed + self.rank)\n",
+     "        step > 1 or transformers.set_seed(self.args.seed)\n"
+     "        batch = random.sample(self.training_rows, self.args.batch_size)\n",
      "same_seed"),
     ("second BOS", "tokenizer.encode(text, add_special_tokens=False)", "tokenizer.encode(text)",
      "template_once"),
@@ -2405,7 +2411,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("columns that a reward may spoil", "copy.deepcopy(row[\"columns\"][name])",
      "row[\"columns\"][name]", "changes_its_arguments"),
     ("two runs in one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", "living_run"),
-    ("changed prompts file", "digest[:16]", "0", "changed_file"),
+    ("changed prompts file", "sha256 {digest}", "sha256", "changed_file"),
     ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
      "figures_are"),
     ("logged loss scaled wrongly", '"loss": batch_mean(loss)', '"loss": batch_mean(loss) / B',
@@ -2504,6 +2510,15 @@ def arm_logs(experiment, arm):
 
 
 EVALUATED = ("eval_reward", "eval_greedy_reward", "eval_kl")
+MEMORY_NAMES = {  # in the log: in the README
+    "PPO, default, one by one": "PPO, its critic updated after the policy",
+    "PPO, default, together": "PPO, both gradients kept at once",
+    "default": "ReMax, the default",
+    "default, on a small GPU (--offload)": "ReMax, `--offload`",
+    "--optimizer adafactor --offload --micro-batch-size 1": (
+        "ReMax, `--offload --optimizer adafactor --micro-batch-size 1`"
+    ),
+}
 
 
 def quoted_rows():
@@ -2536,31 +2551,94 @@ def quoted_rows():
     peaks = {}
     for row in read_results("memory.jsonl"):
         peaks.setdefault(row["flags"], []).append(f"{row['peak_gb']:.1f}")
-    return rows + [f"| {flags} | {' | '.join(gb)} |" for flags, gb in peaks.items()]
+    rows += [f"| {MEMORY_NAMES[flags]} | {' | '.join(gb)} |" for flags, gb in peaks.items()]
+    for row in read_results("cpu.jsonl"):
+        size, ratio = f"{row['parameters'] / 1e6:.0f}M", row["ratio"]
+        rows.append(
+            f"| {size} | {row['threads']} | {ratio['ReMax/RLOO']:.2f} | {ratio['ReMax/GRPO']:.2f} |"
+        )
+    return rows
+
+
+def numbers_in_tables(text):
+    """The rows of tables whose last cell is a number."""
+    return re.findall(r"^\|.*\d \|$", text, re.M)
 
 
 def test_the_tables_of_the_readme_are_the_logs():
-    for row in quoted_rows():
+    made, results = quoted_rows(), README[README.index("## Results") : README.index("## Use")]
+    for row in made:
         assert row in README, row
+    for row in numbers_in_tables(results):  # and there is no other, older one
+        assert row in made or row.startswith("| before"), row
 
 
 def test_the_other_figures_of_the_readme_are_the_logs():
-    before = arm_logs("smollm2", "remax")[0][0]
+    smollm2 = arm_logs("smollm2", "remax")
+    before, after = smollm2[0][0], smollm2[0][-1]
     (chat,), (strict,) = arm_logs("chat", "remax"), arm_logs("smollm2_kl", "remax")
     first, last = ([row for row in chat if "eval_reward" in row][i] for i in (0, -1))
     start = [row["ratio"] for row in read_results("variance.jsonl") if row["model"] == "start"]
     end = [row["ratio"] for row in read_results("variance.jsonl") if row["model"] == "end"]
+    race = read_results("tiny_vs_rloo.jsonl")[-1]
+    two = read_results("two_processes.jsonl")[-1]["seconds"]
+    share = two["two processes of one thread"] / two["one process of two threads"]
+    gpt2_large = next(row for row in read_results("memory.jsonl") if row["flags"] == "default")
     for sentence in (
         f"| before | {before['eval_reward']:.2f} | {before['eval_greedy_reward']:.2f} | 0 |",
-        f"the KL falls to {strict[-1]['eval_kl']:.1f}, and the reward to "
-        f"{strict[-1]['eval_reward']:.2f}",
-        f"greedy answers went from {first['eval_greedy_reward']:.0%} to "
-        f"{last['eval_greedy_reward']:.0%} right",
-        f"sampled ones from {first['eval_reward']:.1%} to {last['eval_reward']:.1%}",
+        f"the KL ends at {strict[-1]['eval_kl']:.1f} in place of {after['eval_kl']:.1f}, and the "
+        f"reward at {strict[-1]['eval_reward']:.2f} in place of {after['eval_reward']:.2f}",
+        f"went from {first['eval_greedy_reward']:.0%} to {last['eval_greedy_reward']:.0%} right",
+        f"went from {first['eval_reward']:.1%} to {last['eval_reward']:.1%}",
         "variance is {:.2f}, {:.2f} and {:.2f} of REINFORCE's".format(*start),
         "it is {:.2f}, {:.2f} and {:.2f} of it".format(*end),
+        f"in {race['ReMax']['median']:.1f} seconds of training, RLOO in "
+        f"{race['RLOO']['median']:.1f}",
+        f"took {share:.2f} of the seconds of one process of two threads",
+        f"it needs {gpt2_large['peak_gb']:.1f} GB of GPU memory",
+        f"in {len(FAMILIES)} model families",
+        f"makes {len(MISTAKES)} typical mistakes",
+        f"in {len(SABOTAGE)} ways",
     ):
         assert sentence in TEXT, sentence
+
+
+def test_each_seed_of_remax_ends_with_better_greedy_responses():
+    """The README says so of the real model."""
+    ends = {}
+    for arm in "remax", "reinforce":
+        ends[arm] = [log[-1]["eval_greedy_reward"] for log in arm_logs("smollm2", arm)]
+    assert min(ends["remax"]) > max(ends["reinforce"])
+
+
+def test_the_samples_of_the_readme_are_those_of_the_run():
+    console = " ".join((DATA / "results/smollm2/remax-1.txt").read_text().split())
+    (samples,) = re.findall(r"ReMax, seed 1\):\n\n(.*?)\n\n- ", README, re.S)
+    texts = re.findall(r"\((-?\d\.\d+)\):\n(.*?)(?=\n +(?:before|after) \(|\n\n|$)", samples, re.S)
+    assert len(texts) == 6
+    for reward, text in texts:
+        words = " ".join(text.split())
+        assert reward in console
+        assert words[:60] in console.replace("\\n", " ").replace("  ", " "), words
+
+
+def test_the_readme_names_every_column():
+    columns = set(STEP_COLUMNS + EVALUATION_COLUMNS) - {"step"}
+    assert all(f"`{column}`" in README for column in columns)
+
+
+def test_the_reward_function_of_the_readme_reads_texts_and_chats(tmp_path):
+    (source,) = re.findall(r"( +def text_of.*?)\n\n  Save this", README, re.S)
+    functions = {}
+    exec("\n".join(line[6:] for line in source.splitlines()), functions)
+    chat = [{"role": "assistant", "content": " five."}]
+    assert functions["right"](["", ""], [" five", chat], ["five", "six"]) == [1.0, 0.0]
+
+
+def test_lines_of_the_readme_are_short():
+    for page in README, (DATA / "README.md").read_text():
+        long = [line for line in page.splitlines() if len(line) > 100 and "|" not in line]
+        assert not long
 
 
 def test_the_loop_of_the_readme_works_as_it_stands(monkeypatch, capsys):
