@@ -38,7 +38,9 @@ Symbols, in shapes and equations:
 
 import argparse
 import copy
+import csv
 import glob
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -48,6 +50,7 @@ import pickle
 import random
 import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -63,6 +66,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -414,6 +418,7 @@ BAD_INPUT = (
     ImportError,
     EOFError,
     pickle.UnpicklingError,
+    SafetensorError,  # of transformers, when the disk is full
     datasets.exceptions.DatasetsError,
 )
 
@@ -480,35 +485,66 @@ def load_policy_tokenizer(args):
     return tokenizer
 
 
-FILE_FORMATS = {  # suffix: (the name that datasets has for it, its options)
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+
+
+def read_json(text):
+    """The rows of a JSON array, or of one JSON object a line."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
+    return rows
+
+
+def read_parquet(path):
+    # Escaped: datasets would take a [, * or ? in the name for a wildcard. Without a cache: it would
+    # find an older file of the same name and date there.
+    file = glob.escape(str(path))
+    with tempfile.TemporaryDirectory() as cache:
+        dataset = datasets.load_dataset(
+            "parquet", data_files=file, split="train", cache_dir=cache, keep_in_memory=True
+        )
+        return list(dataset)
+
+
+def read_file(path, suffix):
+    """The rows of a file: dicts that hold the values as they stand there.
+
+    datasets is a guesser: it makes a date of "2021-03-04" and 7 of 007, and rewards compare them.
+    """
+    if suffix == ".parquet":
+        return read_parquet(path)
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if suffix == ".txt":
+            return [{"prompt": line} for line in file.read().splitlines()]
+        if suffix == ".csv":
+            return list(csv.DictReader(file))
+        if suffix == ".tsv":
+            return list(csv.DictReader(file, delimiter="\t"))
+        return read_json(file.read())
 
 
 def read_dataset(name):
-    """The rows of a file, by its suffix, or of the training split of a dataset on the hub."""
+    """The rows, dicts, of a file, or of the training split of a dataset on the hub."""
     path = Path(name)
     suffix = Path(name.lower().removesuffix(".gz")).suffix  # .jsonl of prompts.jsonl.gz
-    if suffix in FILE_FORMATS and not path.exists():
+    if suffix in FILE_SUFFIXES and not path.exists():
         raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
     if not path.is_file():
-        return datasets.load_dataset(name, split="train")
-    if suffix not in FILE_FORMATS:
-        raise ValueError(f"{name} ends in none of {' '.join(FILE_FORMATS)}")
+        return list(datasets.load_dataset(name, split="train"))
+    if suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{name} ends in none of {' '.join(FILE_SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{name} is empty")
-    kind, options = FILE_FORMATS[suffix]
-    # Escaped: datasets would take a [, * or ? in the name for a wildcard.
-    file = glob.escape(name)
-    dataset = datasets.load_dataset(kind, data_files=file, split="train", **options)
-    if suffix == ".txt":
-        dataset = dataset.rename_column("text", "prompt")
-    return dataset
+    return read_file(path, suffix)
 
 
 def shortened(value):
@@ -516,12 +552,16 @@ def shortened(value):
     return repr(value)[:60]
 
 
-def check_message(number, message):
-    """Raise ValueError if a message of the chat in this row lacks its role or content."""
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise ValueError(
-            f"row {number} has a message without role or content: {shortened(message)}"
-        )
+def check_chat(number, chat):
+    """Raise ValueError unless the chat in this row is a list of {role, content}, to be answered."""
+    for message in chat:
+        is_message = isinstance(message, dict)
+        if not is_message or not isinstance(message.get("role"), str):
+            raise ValueError(f"row {number} has a message without role: {shortened(message)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"row {number} has a message without a text: {shortened(message)}")
+    if chat and chat[-1]["role"] == "assistant":
+        raise ValueError(f"row {number} ends with an answer: there is nothing left to answer")
 
 
 def check_prompts(prompts):
@@ -533,21 +573,39 @@ def check_prompts(prompts):
         if not are_chats and not isinstance(prompt, str):
             raise ValueError(f"row {number} is not a text: {shortened(prompt)}")
         if are_chats:
-            for message in prompt:
-                check_message(number, message)
+            check_chat(number, prompt)
+
+
+def render(tokenizer, chat, **options):
+    """A chat as text, by the template. Raises ValueError for a chat that the template refuses."""
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise ValueError(f"the chat template refuses {shortened(chat)}: {error}") from error
 
 
 def check_end_of_turn(tokenizer):
     """Raise ValueError if the template ends no turn with EOS: responses would run on and on."""
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = render(tokenizer, turns)
     _, _, end = text.rpartition(content)
-    if tokenizer.eos_token not in end:
+    if not end.strip().startswith(tokenizer.eos_token):
         raise ValueError(
-            f"the template ends a turn with {end!r}, which lacks EOS {tokenizer.eos_token!r}: "
+            f"the template ends a turn with {end!r}, and not with EOS {tokenizer.eos_token!r}: "
             "name the token that ends a turn by --eos-token"
         )
+
+
+def encode_texts(tokenizer, texts):
+    """The token ids of each text. Some tokenizers end a text with EOS: it is left out."""
+    if tokenizer.chat_template is not None:
+        print("the prompts are texts: the policy's chat template is not applied")
+    encoded = tokenizer(texts)["input_ids"]
+    for ids in encoded:
+        while ids and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+    return encoded
 
 
 def encode_chats(tokenizer, chats):
@@ -557,44 +615,48 @@ def encode_chats(tokenizer, chats):
     for chat in chats:
         text = ""  # of an empty chat, which is left out later
         if chat:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = render(tokenizer, chat, add_generation_prompt=True)
         # The template writes the special tokens itself: added again, BOS would stand there twice.
         encoded.append(tokenizer.encode(text, add_special_tokens=False))
     return encoded
 
 
 def read_prompts(args, tokenizer):
-    """The dataset of --prompts, and the token ids of each of its prompts."""
-    dataset = read_dataset(args.prompts)
-    if args.prompt_column not in dataset.column_names:
-        raise ValueError(f"there is no such column, but {', '.join(dataset.column_names)}")
-    if len(dataset) == 0:
+    """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
+    rows = read_dataset(args.prompts)
+    if len(rows) == 0:
         raise ValueError("there are 0 prompts")
-    prompts = list(dataset[args.prompt_column])
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or None in row:  # None: csv has more values than columns
+            raise ValueError(f"row {number} does not fit the columns: {shortened(row)}")
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # in order, each once
+    if args.prompt_column not in columns:
+        raise ValueError(f"there is no such column, but {', '.join(map(str, columns))}")
+    rows = [{name: row.get(name) for name in columns} for row in rows]
+    prompts = [row[args.prompt_column] for row in rows]
     check_prompts(prompts)
-    if isinstance(prompts[0], list):
-        return dataset, encode_chats(tokenizer, prompts)
-    if tokenizer.chat_template is not None:
-        print("the prompts are texts: the policy's chat template is not applied")
-    return dataset, tokenizer(prompts)["input_ids"]
+    encode = encode_chats if isinstance(prompts[0], list) else encode_texts
+    return rows, encode(tokenizer, prompts)
 
 
 def make_row(args, tokenizer, columns, ids):
     """What is kept of a prompt, a dict; None if it is empty, or a chat that is too long.
 
-    prompt_ids: the tokens that the policy sees. prompt_text: the same as text. columns: the
-    dataset's own columns, and "prompt", which go to the reward function.
+    prompt_ids: the tokens that the policy sees. prompt_text: the same as text. is_cut: whether
+    the text was longer. columns: the dataset's own columns, and "prompt", which go to the reward
+    function.
     """
     prompt = columns[args.prompt_column]
     is_chat = isinstance(prompt, list)
     if is_chat and len(ids) > args.max_prompt_tokens:
         return None  # a text can be cut anywhere, a chat cannot
+    is_cut = len(ids) > args.max_prompt_tokens
     ids = ids[: args.max_prompt_tokens]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not text.strip():
         return None
     columns = columns | {"prompt": prompt if is_chat else text}
-    return {"prompt_ids": ids, "prompt_text": text, "columns": columns}
+    return {"prompt_ids": ids, "prompt_text": text, "is_cut": is_cut, "columns": columns}
 
 
 def load_prompts(args, tokenizer):
@@ -611,6 +673,9 @@ def load_prompts(args, tokenizer):
     held_out = min(128, math.ceil(len(rows) / 5))  # a fifth, but no more than are needed
     for_training = len(rows) - held_out
     message = f"{len(rows)} prompts: {for_training} to train on, {held_out} held out"
+    cut = sum(row["is_cut"] for row in rows)
+    if cut > 0:
+        message += f", {cut} cut to {args.max_prompt_tokens} tokens"
     if len(rows) < len(dataset):
         message += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
     print(message)
@@ -743,7 +808,7 @@ def as_rewards(values, N, device):
     try:
         rewards = torch.as_tensor(values, dtype=torch.float32, device=device).detach()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"rewards must be numbers, not {shortened(values)}") from error
+        raise ValueError(f"rewards must be numbers, and none None: {shortened(values)}") from error
     if rewards.shape != (N,) or not rewards.isfinite().all():
         raise ValueError(f"the reward must return {N} finite numbers, not {rewards}")
     return rewards
@@ -807,6 +872,9 @@ def load_model(auto_class, name, **options):
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ValueError(f"{as_text(name)} has no fitting weights for {absent[0]}")
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        print(f"{as_text(name)} has weights that its model does not use: {unused[0]}, ...")
     for parameter in model.parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{as_text(name)} has weights that are not finite")
@@ -917,8 +985,9 @@ def lock(file):
     if fcntl is None:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # lockf, not flock: children of a reward function must not inherit the lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         raise ValueError(f"another run is writing {file.name}") from error
 
 
@@ -930,12 +999,14 @@ def open_metrics(folder):
     return metrics
 
 
-def read_checkpoint(args, path):
-    """The checkpoint that --resume goes on from. Raises ValueError if other flags made it."""
+def read_checkpoint(args, now, path):
+    """The checkpoint that --resume goes on from. Raises ValueError if other flags made it.
+
+    now: this run's flags, as comparable() returns them.
+    """
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    now = comparable(args)
     for name, before in checkpoint["args"].items():
         is_longer_run = name == "steps" and args.steps > int(before)
         if now[name] != before and name not in MAY_CHANGE and not is_longer_run:
@@ -987,20 +1058,23 @@ class StopRequest:
     def __init__(self):
         self.signal_number = None
         for number in STOP_SIGNALS:
-            signal.signal(number, self.receive)
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+                signal.signal(number, self.receive)  # under nohup SIGHUP stays ignored
         if hasattr(os, "register_at_fork"):
-            # A reward function may fork, and terminate() must end its child. So the child gets the
-            # default handlers back. Signals are held during the fork: one that came before the
-            # child has them would be lost.
+            # A reward function may fork, and terminate() must end its child. So the child gets
+            # other handlers. Signals are held during the fork: one that came before the child
+            # has them would be lost.
             os.register_at_fork(
                 before=self.hold_signals,
                 after_in_parent=self.release_signals,
-                after_in_child=self.restore_default_handlers,
+                after_in_child=self.set_handlers_of_child,
             )
 
     def receive(self, number, frame):
         if self.signal_number is not None:
-            sys.exit(128 + number)  # the exit status that shells give to a signal
+            os._exit(
+                128 + number
+            )  # the status that shells give to a signal; no reward catches this
         self.signal_number = number
         if number in (signal.SIGINT, signal.SIGTERM):
             # Not print(): the signal may have come in the middle of one.
@@ -1016,9 +1090,10 @@ class StopRequest:
     def release_signals(self):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
-    def restore_default_handlers(self):
+    def set_handlers_of_child(self):
+        """terminate() ends it; Ctrl-C and a closed terminal leave it to its parent's step."""
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
         self.release_signals()
 
     def signal_of_any_process(self):
@@ -1048,6 +1123,7 @@ class Run:
     def __init__(self, args):
         """Check and load everything, cheap things first."""
         self.args = args
+        self.flags = comparable(args)  # now: the files may be edited while the run lives
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.processes != 0:
@@ -1070,6 +1146,7 @@ class Run:
             self.check_token_ids()
         self.policy.to(self.device)
         self.place_frozen_models()
+        self.check_cache()
         self.optimizer = make_optimizer(args, self.policy)
         # A sum over tokens is large: the default scale of 65536 would overflow at once.
         is_fp16 = self.dtype == torch.float16
@@ -1092,7 +1169,7 @@ class Run:
             self.metrics = open_metrics(self.folder)  # locked before the checkpoint is read
         checkpoint = None
         if self.args.resume:
-            checkpoint = read_checkpoint(self.args, self.folder / "checkpoint.pt")
+            checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
         if self.rank == 0 and checkpoint is not None:
             # The steps after the checkpoint will be run again.
             size = min(checkpoint["metrics_bytes"], self.metrics.tell())
@@ -1109,14 +1186,23 @@ class Run:
             print("the reward model has no chat template: it reads the contents, line by line")
 
     def check_token_ids(self):
-        """Raise ValueError for a prompt with a token that the policy has no embedding for."""
+        """Raise ValueError for a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
+        largest = max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         for row in self.training_rows + self.held_out_rows:
-            largest = max(row["prompt_ids"])
-            if largest >= embeddings:
-                raise ValueError(
-                    f"the tokenizer has a token {largest}, the policy {embeddings} embeddings"
-                )
+            largest = max(largest, *row["prompt_ids"])
+        if largest >= embeddings:
+            raise ValueError(f"it has {embeddings} embeddings, but its tokenizer a token {largest}")
+
+    def check_cache(self):
+        """Refuse a model that rollout() refuses, before any time is spent."""
+        prompt, attention_mask = collate(self.tokenizer, self.training_rows[:2], self.device)
+        eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.policy.eval()
+        try:
+            rollout(self.policy, prompt, attention_mask, 2, eos_id, pad_id)
+        except ValueError as error:
+            fail(error, self.args, "model")
 
     def place_frozen_models(self):
         """Put reference and reward model on the policy's device, or let them come and go."""
@@ -1133,10 +1219,14 @@ class Run:
                 frozen.to(self.device)
 
     def restore(self, checkpoint):
+        """Raises ValueError or RuntimeError for the checkpoint of another model."""
         self.policy.load_state_dict(checkpoint["policy"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.steps_done = checkpoint["step"]
+        for parameter, state in self.optimizer.state.items():
+            if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
+                raise ValueError("the checkpoint holds the optimizer of another model")
 
     def announce(self):
         """Say in one line what is trained, by what, and where it goes."""
@@ -1259,6 +1349,8 @@ class Run:
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         figures = remax_step(
             self.policy,
             self.reference,
@@ -1296,7 +1388,7 @@ class Run:
         checkpoint = {
             "step": step,
             "metrics_bytes": self.metrics.tell(),
-            "args": comparable(self.args),
+            "args": self.flags,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -1378,12 +1470,10 @@ class Run:
 
 
 def peak_memory_gb(device):
-    """The most GPU memory in use since the last call, in GB of 1e9 bytes; None elsewhere."""
+    """The most GPU memory in use in this step, in GB of 1e9 bytes; None elsewhere."""
     if device.type != "cuda":
         return None
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak / 1e9
+    return torch.cuda.max_memory_allocated(device) / 1e9
 
 
 def print_summary(path):
@@ -1503,7 +1593,8 @@ def make_parser():
     algorithm.add_argument("--max-grad-norm", default=1.0, type=positive_float,
         help="longer gradients are scaled down to this norm")
     algorithm.add_argument("--seed", default=0, type=int,
-        help="for the choice of prompts and for sampling")
+        help="for the choice of prompts and for sampling; the same seed gives the same metrics on "
+             "the same kind of CPU")
     algorithm.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="auto: on a GPU bf16 if it has it, else fp16; fp32 elsewhere")
 

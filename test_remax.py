@@ -1632,9 +1632,12 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(
     same_run(tmp_path / "whole", tmp_path / "full")
 
 
-def test_disk_full_at_the_last_moment(small, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "kind", [OSError(errno.ENOSPC, "No space left"), remax.SafetensorError("No space left")]
+)
+def test_disk_full_at_the_last_moment(small, tmp_path, capsys, monkeypatch, kind):
     def save_pretrained(self, folder, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise kind
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save_pretrained)
     code, said = answer(capsys, *small, "--output-dir", tmp_path, "--steps", 1)
@@ -1679,6 +1682,14 @@ FILES = {  # name: content
     ),
     "some_none.py": "def f(prompts, **k):\n    return [None] * len(prompts)",
     "empty.jsonl": "",
+    "null_content.jsonl": '{"prompt": [{"role": "user", "content": null}]}\n' * 60,
+    "parts.jsonl": '{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}\n' * 60,
+    "answered.jsonl": (
+        json.dumps({"prompt": [*CHAT, {"role": "assistant", "content": "Hi"}]}) + "\n"
+    )
+    * 60,
+    "ragged.csv": "prompt\nThe plot,and more\n",
+    "list.json": "[1, 2]",
     "roleless.jsonl": json.dumps({"prompt": CHAT}) + '\n{"prompt": [{"content": "Hello"}]}\n',
     "mixed.jsonl": '{"prompt": "The plot"}\n' + json.dumps({"prompt": CHAT}) + "\n",
     "blank.txt": "\n\n\n",
@@ -1722,6 +1733,15 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--eos-token nosuch", "nosuch token --eos-token"),
     ("--prompts roleless.jsonl --model {chat}", "row 2 role --prompts"),
     ("--prompts mixed.jsonl", "row 2 --prompts"),
+    ("--prompts null_content.jsonl --model {chat}", "row 1 text --prompts"),
+    ("--prompts parts.jsonl --model {chat}", "row 1 text --prompts"),
+    ("--prompts answered.jsonl --model {chat}", "row 1 answer --prompts"),
+    ("--prompts ragged.csv", "row 1 columns --prompts"),
+    ("--prompts list.json", "row 1 columns --prompts"),
+    ("--prompts chat.jsonl --model {tmp}/two_ends", "<end> --eos-token"),
+    ("--prompts chat.jsonl --model {tmp}/raising", "template --prompts"),
+    ("--model {tmp}/mamba --reward {tiny}/reward", "MambaForCausalLM cache --model"),
+    ("--model {tmp}/pad_beyond --reward {tiny}/reward", "embeddings --model"),
     ("--prompts chat.jsonl --model {tmp}/other_end", "<end> --eos-token"),
     (
         "--reward memory.py:f",
@@ -1734,7 +1754,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts blank.txt", "0 prompts"),
     ("--prompts number.jsonl", "--prompts number.jsonl"),
     ("--prompts null.jsonl", "--prompts null.jsonl"),
-    ("--prompts broken.jsonl", "row 1 broken.jsonl"),
+    ("--prompts broken.jsonl", "line 2 --prompts broken.jsonl"),
     ("--prompts broken.json", "--prompts broken.json"),
     ("--prompts header.csv", "--prompts header.csv"),
     ("--prompts chat.jsonl", "template --prompts"),
@@ -1807,10 +1827,24 @@ def write_broken_models(folder):
     tokenizer.save_pretrained(folder / "nan")
     make("gpt2", vocab_size=100).save_pretrained(folder / "short")  # fewer than the tokenizer has
     tokenizer.save_pretrained(folder / "short")
-    # A turn that ends with another token than EOS, as Gemma 3's.
-    tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", "<end>")
-    shutil.copytree(policy, folder / "other_end")
-    tokenizer.save_pretrained(folder / "other_end")
+    make("mamba", vocab_size=700).save_pretrained(folder / "mamba")
+    tokenizer.save_pretrained(folder / "mamba")
+
+    # A turn that ends with another token than EOS, as Gemma 3's, or with another one and EOS, as
+    # Phi 3's; and a template that refuses.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    for name, end in (
+        ("other_end", "<end>"),
+        ("two_ends", "<end>{{ eos_token }}"),
+        ("raising", "{{ raise_exception('no') }}"),
+    ):
+        tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", end)
+        shutil.copytree(policy, folder / name)
+        tokenizer.save_pretrained(folder / name)
+    tokenizer.chat_template = None
+    tokenizer.pad_token = "<end>"  # which has no embedding
+    shutil.copytree(policy, folder / "pad_beyond")
+    tokenizer.save_pretrained(folder / "pad_beyond")
 
 
 @pytest.mark.parametrize("flags, words", MISTAKES, ids=[flags for flags, _ in MISTAKES])
@@ -1928,10 +1962,87 @@ def test_an_empty_chat_counts_as_empty(tmp_path):
 
 def test_eos_token_ends_a_turn_that_ends_otherwise(desk, capsys):
     flags = ["--model", desk / "other_end", "--prompts", desk / "chat.jsonl"]
-    args = tiny_args(*flags, "--eos-token", ">", "--batch-size", 1)
+    args = tiny_args(*flags, "--eos-token", "<end>", "--batch-size", 1)
     tokenizer = remax.load_policy_tokenizer(args)
-    assert tokenizer.decode(tokenizer.eos_token_id) == ">"
-    remax.load_prompts(args, tokenizer)  # the tail of a turn, <end>, has it now
+    assert tokenizer.decode(tokenizer.eos_token_id) == "<end>"
+    remax.load_prompts(args, tokenizer)  # a turn ends with it
+
+
+def test_values_reach_the_reward_as_they_stand_in_the_file(tokenizer, tmp_path):
+    """datasets would guess: a date, a number, one type for a whole column."""
+    values = ["2021-03-04", "007", 5, None]
+    lines = [{"prompt": f"The plot {i}", "answer": value} for i, value in enumerate(values)]
+    rows, held_out = load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer)
+    got = {row["columns"]["prompt"]: row["columns"]["answer"] for row in rows + held_out}
+    assert got == {line["prompt"]: line["answer"] for line in lines}
+    (tmp_path / "p.csv").write_text("prompt,answer\nThe plot,007\nThe cast,2021-03-04\n")
+    rows, held_out = load(tmp_path / "p.csv", tokenizer)
+    assert {row["columns"]["answer"] for row in rows + held_out} == {"007", "2021-03-04"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_file_with_new_prompts_and_its_old_date_is_read_anew(tokenizer, tmp_path, suffix):
+    """datasets finds files in its cache by name and date."""
+    path = tmp_path / f"p.{suffix}"
+    for word in "plot", "cast":
+        frame = datasets.Dataset.from_list([{"prompt": f"The {word} {i}"} for i in range(9)])
+        if suffix == "parquet":
+            frame.to_parquet(path)
+        else:
+            frame.to_json(path)
+        os.utime(path, (0, 0))
+        rows, _ = load(path, tokenizer)
+        assert all(word in row["prompt_text"] for row in rows)
+
+
+def test_texts_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
+    lines = [{"prompt": "The plot was told" + " and told" * i} for i in range(10)]
+    load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer, "--max-prompt-tokens", 8)
+    assert re.search(
+        r"10 prompts: 8 to train on, 2 held out, \d cut to 8 tokens\n", capsys.readouterr().out
+    )
+
+
+def test_a_tokenizer_that_ends_texts_with_eos_ends_no_prompt(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    rows, _ = load(TINY / "prompts.jsonl", tokenizer)
+    assert all(row["prompt_ids"][-1] != tokenizer.eos_token_id for row in rows)
+
+
+def test_weights_that_the_model_does_not_use_are_named(tmp_path, capsys):
+    changed_copy(TINY / "policy", tmp_path / "shallow", n_layer=2)
+    remax.load_policy(tiny_args("--model", tmp_path / "shallow"))
+    assert "does not use: transformer.h." in capsys.readouterr().out
+
+
+def test_a_reward_file_edited_while_the_run_lives_cannot_resume_it(small, tmp_path, capsys):
+    path = tmp_path / "reward.py"
+    path.write_text(
+        "def f(prompts, **k):\n"
+        "    open(__file__, 'a').write('# edited\\n')\n"
+        "    return [1.0] * len(prompts)\n"
+    )
+    flags = [*small, "--reward", f"{path}:f", "--output-dir", tmp_path / "run"]
+    remax.main([*map(str, flags), "--steps", "1"])
+    code, said = answer(capsys, *flags, "--steps", 2, "--resume")
+    assert code == 1
+    assert "--reward is reward.py" in said[-2]
+
+
+def test_the_optimizer_of_another_model_is_refused(small, two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path / "copy")
+    path = tmp_path / "copy/checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(checkpoint, path)
+    flags = ["--output-dir", tmp_path / "copy", "--steps", 4, "--resume"]
+    code, said = answer(capsys, *small, *flags)
+    assert code == 1
+    assert "optimizer of another model" in said[-2]
 
 
 def test_texts_for_a_chat_model_are_said_to_go_without_its_template(capsys):
@@ -2026,6 +2137,61 @@ def test_a_reward_that_exits_does_not_exit_0(source, small, tmp_path):
     done = Child(*small, *flags).wait()
     assert done.returncode == 1
     assert "sys.exit()" in done.stderr
+
+
+def test_a_second_signal_ends_the_run_at_once_even_inside_a_reward(small, tmp_path):
+    (tmp_path / "sleeps.py").write_text(
+        "import time\ndef f(completions, **k):\n"
+        "    open(__file__ + '.called', 'w')\n    time.sleep(60)"
+    )
+    child = Child(*small, "--reward", f"{tmp_path}/sleeps.py:f", "--output-dir", tmp_path / "run")
+    while child.is_alive() and not (tmp_path / "sleeps.py.called").exists():
+        time.sleep(0.01)
+    child.send(signal.SIGINT)
+    time.sleep(0.2)
+    child.send(signal.SIGINT)
+    assert child.wait().returncode == 130
+    assert "press again to stop now" in child.stderr
+    assert "Traceback" not in child.stderr
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_the_run(small, tmp_path):
+    source = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"sys.path.insert(0, {str(Path(remax.__file__).parent)!r})\n"
+        "import remax\n"
+        "remax.StopRequest()\n"
+        "signal.raise_signal(signal.SIGHUP)\n"
+        "print('goes on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.stdout == "goes on\n", done.stderr
+
+
+LEAVING = """
+import multiprocessing
+import time
+
+def f(completions, **kwargs):
+    global process
+    process = multiprocessing.Process(target=time.sleep, args=(20,), daemon=False)
+    process.start()
+    return [len(text) for text in completions]
+"""
+
+
+def test_a_child_of_a_reward_does_not_hold_the_lock_of_a_killed_run(small, tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    flags = [*small, "--reward", f"{tmp_path}/leaving.py:f", "--save-every", 1]
+    child = start(flags, tmp_path / "run", steps=1000)
+    child.send(signal.SIGKILL)
+    child.wait()
+    again = start([*flags, "--resume"], tmp_path / "run", steps=1000)
+    time.sleep(1)
+    assert again.is_alive(), again.wait().stderr
+    again.send(signal.SIGKILL)
+    again.wait()
 
 
 FORKING = """
@@ -2410,7 +2576,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "every_mistake and nan"),
     ("columns that a reward may spoil", "copy.deepcopy(row[\"columns\"][name])",
      "row[\"columns\"][name]", "changes_its_arguments"),
-    ("two runs in one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", "living_run"),
+    ("two runs in one folder", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+     "living_run"),
     ("changed prompts file", "sha256 {digest}", "sha256", "changed_file"),
     ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
      "figures_are"),
