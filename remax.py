@@ -12,8 +12,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
   6. Update: clip the gradient norm, take one optimizer step, and throw the
      rollout away.
 
-The baseline is there to lower the variance: r - b is small where r itself is
-large, and on average it is worth the same.
+The baseline is there to lower the variance: r - b is usually much smaller than
+r, and the mean of the gradient stays the same.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
@@ -180,7 +180,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 
     def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
-        return row_logits.float().log_softmax(-1).gather(1, row_tokens[:, None])[:, 0]
+        all_logprobs = row_logits.float().log_softmax(-1)  # (T,V)
+        return all_logprobs.gather(1, row_tokens[:, None])[:, 0]
 
     # All rows at once would keep float32 copies of all logits for the backward pass. So each row is
     # computed separately, and checkpoint() computes it again in the backward pass.
@@ -250,15 +251,21 @@ def micro_batches(prompt, attention_mask, response, mask, size):
     its longest prompt and response.
 
     prompt, attention_mask: (B,P); response, mask: (B,T).
-    Yields (rows, T, inputs) for each part: the indices (N,) of its rows, the tokens of its longest
-    response, and its prompt, attention_mask, response and mask, as token_logprobs takes them.
+    Yields (rows, part_T, inputs) for each part: the indices (N,) of its rows, the tokens of its
+    longest response, and its prompt, attention_mask, response and mask, as token_logprobs takes
+    them.
     """
     rows_by_length = mask.sum(1).argsort()  # (B,)
     for rows in rows_by_length.split(size):
-        P = attention_mask[rows].sum(1).max().item()
-        T = mask[rows].sum(1).max().item()
-        inputs = (prompt[rows, -P:], attention_mask[rows, -P:], response[rows, :T], mask[rows, :T])
-        yield rows, T, inputs
+        part_P = attention_mask[rows].sum(1).max().item()
+        part_T = mask[rows].sum(1).max().item()
+        inputs = (
+            prompt[rows, -part_P:],  # the padding is on the left
+            attention_mask[rows, -part_P:],
+            response[rows, :part_T],  # the padding is on the right
+            mask[rows, :part_T],
+        )
+        yield rows, part_T, inputs
 
 
 def average_over_processes(tensor):
@@ -348,20 +355,20 @@ def remax_step(
     # 4. Reference.
     ref_logprobs = torch.zeros(mask.shape, device=device)  # (B,T)
     if reference is not None:
-        for rows, T, inputs in parts:
+        for rows, part_T, inputs in parts:
             with torch.no_grad(), autocast:
-                ref_logprobs[rows, :T] = token_logprobs(reference, *inputs)
+                ref_logprobs[rows, :part_T] = token_logprobs(reference, *inputs)
 
     # 5. Gradient. Gradient checkpointing needs train() mode; load_policy() set dropout to 0.
     policy.train()
     logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
-    for rows, T, inputs in parts:
+    for rows, part_T, inputs in parts:
         with autocast:
             part_logprobs = token_logprobs(policy, *inputs)  # (N,T)
         part_loss = remax_loss(
             part_logprobs,
-            ref_logprobs[rows, :T],
-            mask[rows, :T],
+            ref_logprobs[rows, :part_T],
+            mask[rows, :part_T],
             reward[rows],
             baseline[rows],
             kl_coef,
@@ -369,7 +376,7 @@ def remax_step(
         # Each part counts by its rows: the micro-batch size does not change the gradient.
         share = len(rows) / B
         scaler.scale(part_loss * share).backward()
-        logprobs[rows, :T] = part_logprobs.detach()
+        logprobs[rows, :part_T] = part_logprobs.detach()
 
     # 6. Update. A gradient that is not finite is left out, and counted. (GradScaler leaves it out
     # too, but only where it is enabled.)
@@ -629,34 +636,36 @@ def read_prompts(args, tokenizer):
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row:  # None: csv has more values than columns
             raise ValueError(f"row {number} does not fit the columns: {shortened(row)}")
-    columns = list(dict.fromkeys(name for row in rows for name in row))  # in order, each once
+    columns = []  # of all rows, in order of appearance
+    for row in rows:
+        columns += [name for name in row if name not in columns]
     if args.prompt_column not in columns:
         raise ValueError(f"there is no such column, but {', '.join(map(str, columns))}")
-    rows = [{name: row.get(name) for name in columns} for row in rows]
+    rows = [{name: row.get(name) for name in columns} for row in rows]  # None where it has none
     prompts = [row[args.prompt_column] for row in rows]
     check_prompts(prompts)
     encode = encode_chats if isinstance(prompts[0], list) else encode_texts
     return rows, encode(tokenizer, prompts)
 
 
-def make_row(args, tokenizer, columns, ids):
+def make_row(args, tokenizer, values, ids):
     """What is kept of a prompt, a dict; None if it is empty, or a chat that is too long.
 
-    prompt_ids: the tokens that the policy sees. prompt_text: the same as text. is_cut: whether
-    the text was longer. columns: the dataset's own columns, and "prompt", which go to the reward
-    function.
+    values: the row of the dataset, column -> value. ids: the token ids of its prompt.
+    Returns prompt_ids, the tokens that the policy sees; prompt_text, the same as text; is_cut,
+    whether the text was longer; for_reward, the values with what became of the prompt.
     """
-    prompt = columns[args.prompt_column]
+    prompt = values[args.prompt_column]
     is_chat = isinstance(prompt, list)
-    if is_chat and len(ids) > args.max_prompt_tokens:
-        return None  # a text can be cut anywhere, a chat cannot
     is_cut = len(ids) > args.max_prompt_tokens
+    if is_chat and is_cut:
+        return None  # a text can be cut anywhere, a chat cannot
     ids = ids[: args.max_prompt_tokens]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not text.strip():
         return None
-    columns = columns | {"prompt": prompt if is_chat else text}
-    return {"prompt_ids": ids, "prompt_text": text, "is_cut": is_cut, "columns": columns}
+    for_reward = values | {"prompt": prompt if is_chat else text}
+    return {"prompt_ids": ids, "prompt_text": text, "is_cut": is_cut, "for_reward": for_reward}
 
 
 def load_prompts(args, tokenizer):
@@ -664,8 +673,8 @@ def load_prompts(args, tokenizer):
     with exit_on_bad_input(args, "prompts", "prompt_column", "eos_token"):
         dataset, encoded = read_prompts(args, tokenizer)
     rows = []
-    for columns, ids in zip(dataset, encoded, strict=True):
-        row = make_row(args, tokenizer, columns, ids)
+    for values, ids in zip(dataset, encoded, strict=True):
+        row = make_row(args, tokenizer, values, ids)
         if row is not None:
             rows.append(row)
 
@@ -746,15 +755,20 @@ class RewardModel:
         self.device = torch.device("cpu")
 
     def texts(self, prompts, completions):
-        """(one text for each prompt and completion, whether a template put special tokens in)."""
+        """Return (texts, have_special_tokens): one text a row, and whether a template wrote the
+        special tokens already."""
         whole = []
         for prompt, completion in zip(prompts, completions, strict=True):
             whole.append(prompt + completion)  # two texts, or two lists of messages
         if isinstance(whole[0], str):
             return whole, False
-        if self.tokenizer.chat_template is None:
-            return ["\n".join(message["content"] for message in chat) for chat in whole], False
-        return self.tokenizer.apply_chat_template(whole, tokenize=False), True
+        if self.tokenizer.chat_template is not None:
+            return self.tokenizer.apply_chat_template(whole, tokenize=False), True
+        texts = []
+        for chat in whole:
+            contents = [message["content"] for message in chat]
+            texts.append("\n".join(contents))
+        return texts, False
 
     def __call__(self, prompts, completions, **columns):
         texts, have_special_tokens = self.texts(prompts, completions)
@@ -793,9 +807,9 @@ def decode_responses(tokenizer, rows, responses):
 def reward_arguments(tokenizer, rows, responses):
     """prompts, completions and every other column of the dataset: lists of one entry a row."""
     arguments = {}
-    for name in rows[0]["columns"]:
+    for name in rows[0]["for_reward"]:
         # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
-        arguments[name] = [copy.deepcopy(row["columns"][name]) for row in rows]
+        arguments[name] = [copy.deepcopy(row["for_reward"][name]) for row in rows]
     prompts = arguments.pop("prompt")
     completions = decode_responses(tokenizer, rows, responses)
     if isinstance(prompts[0], list):
@@ -930,6 +944,18 @@ def make_optimizer(args, policy):
     return torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
 
 
+def make_scaler(dtype, device):
+    """float16 alone needs one: its small gradients would be rounded to 0."""
+    # A sum over tokens is large: the default scale of 65536 would overflow at once.
+    return torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
+
+
+def use_one_thread_if_small(policy):
+    """A small model is no faster on two threads, and 20 times slower if one of them must wait."""
+    if policy.num_parameters() < 5e6:
+        torch.set_num_threads(1)
+
+
 def offload(frozen, policy, device):
     """Keep a frozen model's weights in CPU memory while the policy is at work.
 
@@ -1058,8 +1084,10 @@ class StopRequest:
     def __init__(self):
         self.signal_number = None
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
-                signal.signal(number, self.receive)  # under nohup SIGHUP stays ignored
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if is_ignored and number != signal.SIGINT:
+                continue  # nohup ignores SIGHUP, and that stays so
+            signal.signal(number, self.receive)
         if hasattr(os, "register_at_fork"):
             # A reward function may fork, and terminate() must end its child. So the child gets
             # other handlers. Signals are held during the fork: one that came before the child
@@ -1071,10 +1099,9 @@ class StopRequest:
             )
 
     def receive(self, number, frame):
-        if self.signal_number is not None:
-            os._exit(
-                128 + number
-            )  # the status that shells give to a signal; no reward catches this
+        if self.signal_number is not None:  # the second signal
+            # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
+            os._exit(128 + number)
         self.signal_number = number
         if number in (signal.SIGINT, signal.SIGTERM):
             # Not print(): the signal may have come in the middle of one.
@@ -1091,9 +1118,11 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def set_handlers_of_child(self):
-        """terminate() ends it; Ctrl-C and a closed terminal leave it to its parent's step."""
+        """A forked child ends on SIGTERM, as terminate() expects. It ignores the other signals,
+        because the parent still needs it to finish the step."""
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.release_signals()
 
     def signal_of_any_process(self):
@@ -1148,39 +1177,36 @@ class Run:
         self.place_frozen_models()
         self.check_cache()
         self.optimizer = make_optimizer(args, self.policy)
-        # A sum over tokens is large: the default scale of 65536 would overflow at once.
-        is_fp16 = self.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=is_fp16)
+        self.scaler = make_scaler(self.dtype, self.device)
         self.steps_done = 0
         self.steps_without_learning = 0  # in a row
         if checkpoint is not None:
             with exit_on_bad_input(args, "output_dir", "model"):
                 self.restore(checkpoint)
         self.announce()
-        if self.policy.num_parameters() < 5e6:
-            # So small a model is no faster on two threads, and 20 times slower on them when
-            # another process wants one of the cores.
-            torch.set_num_threads(1)
+        use_one_thread_if_small(self.policy)
 
     def open_folder(self):
         """Open metrics.jsonl, and read the checkpoint to resume from; return it, or None."""
         self.folder = Path(self.args.output_dir).resolve()
-        if self.rank == 0:
+        is_writer = self.rank == 0
+        if is_writer:
             self.metrics = open_metrics(self.folder)  # locked before the checkpoint is read
-        checkpoint = None
-        if self.args.resume:
-            checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        if self.rank == 0 and checkpoint is not None:
-            # The steps after the checkpoint will be run again.
+        if not self.args.resume:
+            if is_writer:
+                refuse_old_run(self.args, self.folder, self.metrics)
+                (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
+            return None
+        checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
+        if is_writer:
+            # The steps after the checkpoint will be run again. min(): truncate() would lengthen a
+            # file that was deleted or cut by hand.
             size = min(checkpoint["metrics_bytes"], self.metrics.tell())
             self.metrics.truncate(size)
-        if self.rank == 0 and checkpoint is None:
-            refuse_old_run(self.args, self.folder, self.metrics)
-            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
         return checkpoint
 
     def say_how_chats_are_scored(self):
-        is_chat = isinstance(self.training_rows[0]["columns"]["prompt"], list)
+        is_chat = isinstance(self.training_rows[0]["for_reward"]["prompt"], list)
         is_model = isinstance(self.reward, RewardModel)
         if is_chat and is_model and self.reward.tokenizer.chat_template is None:
             print("the reward model has no chat template: it reads the contents, line by line")
@@ -1219,11 +1245,15 @@ class Run:
                 frozen.to(self.device)
 
     def restore(self, checkpoint):
-        """Raises ValueError or RuntimeError for the checkpoint of another model."""
+        """Load weights, optimizer, scaler and step.
+
+        Raises ValueError or RuntimeError if they do not fit.
+        """
         self.policy.load_state_dict(checkpoint["policy"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.steps_done = checkpoint["step"]
+        # The optimizer's load_state_dict() does not compare shapes.
         for parameter, state in self.optimizer.state.items():
             if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
                 raise ValueError("the checkpoint holds the optimizer of another model")
@@ -1301,7 +1331,9 @@ class Run:
         figures = {}
         for name in "eval_reward", "eval_greedy_reward", "eval_kl":
             values = [result[name] for result in results]
-            figures[name] = None if None in values else sum(values) / len(values)
+            figures[name] = None
+            if None not in values:
+                figures[name] = sum(values) / len(values)
         samples = []
         for row, result in zip(rows[:3], results[:3], strict=True):
             samples.append(
@@ -1313,7 +1345,7 @@ class Run:
 
     def evaluate_and_log(self, step):
         if self.rank > 0:
-            return  # the other processes wait for the first one at their next common figure
+            return  # the other processes wait at the next all_reduce
         figures, samples = self.evaluate()
         self.log({"step": step} | figures)
         tqdm.write(f"step {step}: held-out {in_words(figures, 'eval_')}")
@@ -1406,19 +1438,18 @@ class Run:
 
     def warn_if_nothing_is_learned(self, figures):
         """Say it once, after 20 steps in a row that teach nothing."""
-        has_no_advantage = figures["zero_advantage"] == 1
-        # An estimate of a KL near 0 may be a little negative, but not by a nat, step after step.
-        has_wrong_kl = figures["kl"] is not None and figures["kl"] < -1
-        if not has_no_advantage and not has_wrong_kl:
+        warning = None
+        if figures["zero_advantage"] == 1:
+            warning = "20 steps of zero_advantage 1: are all responses or rewards alike?"
+        elif figures["kl"] is not None and figures["kl"] < -1:
+            # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
+            warning = "20 steps of KL below -1: are the responses drawn from the policy?"
+        if warning is None:
             self.steps_without_learning = 0
             return
         self.steps_without_learning += 1
-        if self.steps_without_learning != 20:
-            return
-        if has_no_advantage:
-            tqdm.write("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
-        else:
-            tqdm.write("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
+        if self.steps_without_learning == 20:
+            tqdm.write(f"warning: {warning}")
 
     def show(self, bar, step, figures):
         """On a terminal in front of the bar, elsewhere as a line."""

@@ -184,6 +184,20 @@ FAMILIES = {
         GROUPED | EXPERTS | DELTA_NET | TWO_KINDS | {"shared_expert_intermediate_size": 16},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", GROUPED | DELTA_NET | TWO_KINDS),
+    "qwen3_5_nested": (
+        "Qwen3_5Config",
+        {
+            "text_config": NAMES | GROUPED | DELTA_NET | TWO_KINDS,
+            "vision_config": {
+                "hidden_size": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "intermediate_size": 16,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+            },
+        },
+    ),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         GROUPED
@@ -1024,7 +1038,7 @@ def test_offload_moves_a_frozen_model_in_for_its_own_work_and_out_for_the_policy
     ],
 )
 def test_other_flags_learn_too(tmp_path, flags):
-    remax.main(["--steps", "8", "--eval-every", "8", "--output-dir", str(tmp_path), *flags])
+    remax.main(["--steps", "6", "--eval-every", "6", "--output-dir", str(tmp_path), *flags])
     rows = read_metrics(tmp_path)
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.05
     assert abs(rows[1]["kl"]) < 0.1
@@ -1178,9 +1192,9 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
     assert (len(rows), len(held_out)) == (16, 4)
     for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
         assert len(row["prompt_ids"]) == 5
-        assert row["columns"]["prompt"] == tokenizer.decode(row["prompt_ids"])
+        assert row["for_reward"]["prompt"] == tokenizer.decode(row["prompt_ids"])
         if suffix != "txt":
-            assert row["prompt_text"].split()[0] == str(row["columns"]["answer"])
+            assert row["prompt_text"].split()[0] == str(row["for_reward"]["answer"])
 
 
 def test_prompts_of_any_alphabet_with_a_byte_order_mark_and_blank_lines(tokenizer, tmp_path):
@@ -1237,7 +1251,7 @@ def test_reward_columns_stay_aligned_with_rows(tokenizer, tmp_path):
 
     ids = torch.tensor(tokenizer([" was brilliant."])["input_ids"]).repeat(8, 1)
     rewards = score(reward, tokenizer, rows[:4] * 2, ids)
-    assert rewards.tolist() == [row["columns"]["answer"] for row in rows[:4]] * 2
+    assert rewards.tolist() == [row["for_reward"]["answer"] for row in rows[:4]] * 2
 
 
 def test_the_greedy_half_gets_the_same_prompts_in_steps_and_evaluations(small, tmp_path):
@@ -1282,7 +1296,7 @@ def test_reward_of_a_gpt2_classifier(tmp_path, labels):
         assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-ROWS = [{"prompt_ids": [5], "prompt_text": "a", "columns": {"prompt": "a"}}] * 2
+ROWS = [{"prompt_ids": [5], "prompt_text": "a", "for_reward": {"prompt": "a"}}] * 2
 
 
 @pytest.mark.parametrize(
@@ -1320,14 +1334,14 @@ EVALUATION_COLUMNS = ["step", "eval_reward", "eval_greedy_reward", "eval_kl"]
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    remax.main(["--output-dir", str(folder), "--steps", "24", "--eval-every", "12"])
+    remax.main(["--output-dir", str(folder), "--steps", "14", "--eval-every", "7"])
     return folder
 
 
 def test_tiny_world_learns(tiny_run):
     rows = read_metrics(tiny_run)
     evaluations = [row for row in rows if "eval_reward" in row]
-    assert [row["step"] for row in evaluations] == [0, 12, 24]
+    assert [row["step"] for row in evaluations] == [0, 7, 14]
     assert 0.35 < evaluations[0]["eval_reward"] < 0.65
     assert evaluations[-1]["eval_reward"] > 0.85
     assert evaluations[0]["eval_kl"] == 0
@@ -1337,7 +1351,7 @@ def test_tiny_world_learns(tiny_run):
 def test_metrics_have_their_columns_and_sane_values(tiny_run):
     rows = read_metrics(tiny_run)
     steps = [row for row in rows if "reward" in row]
-    assert [row["step"] for row in steps] == list(range(1, 25))
+    assert [row["step"] for row in steps] == list(range(1, 15))
     assert steps[0]["kl"] == 0
     assert steps[-1]["kl"] > 0.1
     for row in rows:
@@ -1973,11 +1987,11 @@ def test_values_reach_the_reward_as_they_stand_in_the_file(tokenizer, tmp_path):
     values = ["2021-03-04", "007", 5, None]
     lines = [{"prompt": f"The plot {i}", "answer": value} for i, value in enumerate(values)]
     rows, held_out = load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer)
-    got = {row["columns"]["prompt"]: row["columns"]["answer"] for row in rows + held_out}
+    got = {row["for_reward"]["prompt"]: row["for_reward"]["answer"] for row in rows + held_out}
     assert got == {line["prompt"]: line["answer"] for line in lines}
     (tmp_path / "p.csv").write_text("prompt,answer\nThe plot,007\nThe cast,2021-03-04\n")
     rows, held_out = load(tmp_path / "p.csv", tokenizer)
-    assert {row["columns"]["answer"] for row in rows + held_out} == {"007", "2021-03-04"}
+    assert {row["for_reward"]["answer"] for row in rows + held_out} == {"007", "2021-03-04"}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -2059,7 +2073,7 @@ def test_a_reward_model_without_template_reads_the_contents_of_a_chat():
 
 
 def test_a_reward_that_changes_its_arguments_changes_no_row(tokenizer):
-    rows = [{"prompt_ids": [5], "prompt_text": "a", "columns": {"prompt": CHAT, "n": [1]}}]
+    rows = [{"prompt_ids": [5], "prompt_text": "a", "for_reward": {"prompt": CHAT, "n": [1]}}]
     before = json.dumps(rows)
 
     def reward(prompts, completions, n, **kwargs):
@@ -2155,18 +2169,11 @@ def test_a_second_signal_ends_the_run_at_once_even_inside_a_reward(small, tmp_pa
     assert "Traceback" not in child.stderr
 
 
-def test_under_nohup_a_closed_terminal_does_not_stop_the_run(small, tmp_path):
-    source = (
-        "import signal, sys\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        f"sys.path.insert(0, {str(Path(remax.__file__).parent)!r})\n"
-        "import remax\n"
-        "remax.StopRequest()\n"
-        "signal.raise_signal(signal.SIGHUP)\n"
-        "print('goes on')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    assert done.stdout == "goes on\n", done.stderr
+def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    stop = remax.StopRequest()
+    signal.raise_signal(signal.SIGHUP)
+    assert stop.signal_number is None
 
 
 LEAVING = """
@@ -2574,8 +2581,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "every_mistake and missing"),
     ("weights that are not finite", "if not parameter.isfinite().all():", "if False:",
      "every_mistake and nan"),
-    ("columns that a reward may spoil", "copy.deepcopy(row[\"columns\"][name])",
-     "row[\"columns\"][name]", "changes_its_arguments"),
+    ("columns that a reward may spoil", "copy.deepcopy(row[\"for_reward\"][name])",
+     "row[\"for_reward\"][name]", "changes_its_arguments"),
     ("two runs in one folder", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
      "living_run"),
     ("changed prompts file", "sha256 {digest}", "sha256", "changed_file"),
@@ -2757,8 +2764,8 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"reward at {strict[-1]['eval_reward']:.2f} in place of {after['eval_reward']:.2f}",
         f"went from {first['eval_greedy_reward']:.0%} to {last['eval_greedy_reward']:.0%} right",
         f"went from {first['eval_reward']:.1%} to {last['eval_reward']:.1%}",
-        "variance is {:.2f}, {:.2f} and {:.2f} of REINFORCE's".format(*start),
-        "it is {:.2f}, {:.2f} and {:.2f} of it".format(*end),
+        "REINFORCE's is {:.2f}, {:.2f} and {:.2f} at the start".format(*start),
+        "and {:.2f}, {:.2f} and {:.2f} at the end".format(*end),
         f"in {race['ReMax']['median']:.1f} seconds of training, RLOO in "
         f"{race['RLOO']['median']:.1f}",
         f"took {share:.2f} of the seconds of one process of two threads",
