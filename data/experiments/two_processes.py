@@ -3,7 +3,7 @@
 
     python data/experiments/two_processes.py    # appends to data/results/two_processes.jsonl
 
-A random GPT-2 of 17M parameters, 16 prompts a step, on a CPU with two cores. The two commands take
+A random GPT-2 of 14M parameters, 16 prompts a step, on a CPU with two cores. The two commands take
 turns; of each the median step is kept, the first one left out.
 """
 
