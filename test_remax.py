@@ -400,6 +400,8 @@ FORKSERVER.set_forkserver_preload(
 
 
 def main_in_a_child(flags, files, folder, encoding, file_limit):
+    for kind in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(kind, signal.SIG_DFL)  # even if the tests were started under nohup
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
