@@ -2798,6 +2798,13 @@ def test_the_samples_of_the_readme_are_those_of_the_run():
         assert words[:60] in console.replace("\\n", " ").replace("  ", " "), words
 
 
+def test_the_console_of_the_readme_is_that_of_the_run():
+    console = (DATA / "results/tiny/remax-0.txt").read_text().splitlines()
+    shown = re.findall(r"^    ((?:640 prompts|step \d+: held|eval_).*)$", README, re.M)
+    assert len(shown) == 6
+    assert all(line in console for line in shown)
+
+
 def test_the_readme_names_every_column():
     columns = set(STEP_COLUMNS + EVALUATION_COLUMNS) - {"step"}
     assert all(f"`{column}`" in README for column in columns)
