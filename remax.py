@@ -424,6 +424,7 @@ BAD_INPUT = (
     RuntimeError,
     ImportError,
     EOFError,
+    csv.Error,
     pickle.UnpicklingError,
     SafetensorError,  # of transformers, when the disk is full
     datasets.exceptions.DatasetsError,
@@ -500,7 +501,8 @@ def read_json(text):
     if text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): it would cut a text at U+2028 too, which JSON allows inside.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -531,7 +533,7 @@ def read_file(path, suffix):
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if suffix == ".txt":
-            return [{"prompt": line} for line in file.read().splitlines()]
+            return [{"prompt": line.rstrip("\r\n")} for line in file]
         if suffix == ".csv":
             return list(csv.DictReader(file))
         if suffix == ".tsv":

@@ -2011,6 +2011,17 @@ def test_a_file_with_new_prompts_and_its_old_date_is_read_anew(tokenizer, tmp_pa
         assert all(word in row["prompt_text"] for row in rows)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_a_line_separator_inside_a_prompt_cuts_it_nowhere(tokenizer, tmp_path, suffix):
+    texts = [f"The plot\u2028was told {i}" for i in range(9)]
+    lines = texts
+    if suffix == "jsonl":
+        lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / f"p.{suffix}").write_bytes("\r\n".join(lines).encode())
+    rows, held_out = load(tmp_path / f"p.{suffix}", tokenizer)
+    assert sorted(row["prompt_text"] for row in rows + held_out) == texts
+
+
 def test_texts_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
     lines = [{"prompt": "The plot was told" + " and told" * i} for i in range(10)]
     load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer, "--max-prompt-tokens", 8)
