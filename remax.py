@@ -851,11 +851,15 @@ def choose_device(name):
     device = torch.device(name)
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"{device.type} is none of cpu, cuda, mps")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA GPU here")
-    if device.type == "cuda" and dist.is_initialized():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)  # nccl uses the current one
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("torch finds no CUDA GPU here")
+        # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
+        # (pytorch#196678). The other kernels do not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if dist.is_initialized():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)  # nccl uses the current one
     if device.type == "mps":
         print("device mps: nobody has tested remax.py there")
     torch.zeros(1, device=device)  # raises now if there is no such device
@@ -1689,8 +1693,10 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     stop = StopRequest()
     if dist.is_torchelastic_launched():
+        # gloo beside nccl: the number of a signal travels in a CPU tensor, the gradients do not.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # A reward may take its time: the other processes wait for it.
-        dist.init_process_group(timeout=timedelta(hours=6))
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, only the first process speaks
     try:
