@@ -22,16 +22,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = "--model runs/smollm2 --batch-size 16 --max-new-tokens 32 --lr 5e-5 --eval-every 30"
 SMOLLM2 += " --no-gradient-checkpointing"
 REVIEWS = f"{SMOLLM2} --steps 60 --reward data/experiments/vader_reward.py:positive"
 CHAT = f"{SMOLLM2} --steps 60 --prompts runs/json_task.jsonl --max-prompt-tokens 80"
 CHAT += " --reward data/experiments/json_task.py:is_bare_json"
+ON_A_GPU = "--model runs/smollm2 --lr 5e-5 --steps 100 --eval-every 25"
+ON_A_GPU += " --reward data/experiments/vader_reward.py:positive"
 SHIFTED = "--reward data/experiments/shifted_reward.py"
 EXPERIMENTS = {  # name: (seeds, {arm: flags})
     "tiny": (range(5), {"remax": "", "reinforce": "--baseline none"}),
     "smollm2": ((1, 2, 3), {"remax": REVIEWS, "reinforce": f"{REVIEWS} --baseline none"}),
+    "smollm2_gpu": (range(1, 6), {"remax": ON_A_GPU, "reinforce": f"{ON_A_GPU} --baseline none"}),
     "smollm2_kl": ((1,), {"remax": f"{REVIEWS} --kl-coef 0.1"}),
     "chat": ((1,), {"remax": CHAT}),
     "shift": (
@@ -90,6 +95,8 @@ def main():
     folder = ROOT / "data/results" / args.experiment
     folder.mkdir(parents=True, exist_ok=True)
     hardware = f"{os.cpu_count()} virtual {platform.machine()} cores, {args.jobs} runs at a time"
+    if torch.cuda.is_available():
+        hardware += f", {torch.cuda.get_device_name()}"
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [
             pool.submit(run_arm, args.experiment, arm, seed, flags, args.threads)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Peak memory of one remax.remax_step, reference and reward model included, beside PPO's.
 
-    python data/experiments/memory.py   # writes data/results/memory.jsonl; no download
+    python data/experiments/memory.py   # no download
 
-With a GPU it measures: random weights of the real size, peak of the second step (the first creates
-the optimizer's state). Without one it computes: the same remax_step on fake tensors (shapes without
-data), counting the bytes of all live storages at every operator. That leaves out kernel workspaces,
-fragmentation and the CUDA context, about 0.5 GB. PPO is remax_step without the greedy rollout plus
-a critic of the policy's size, trained by the same recipe; "one by one" updates the critic after the
-policy's gradients are freed, "together" keeps both gradients until both step.
+With a GPU it measures: random weights of the real size, the peak of the second step (the first
+creates the optimizer's state). That writes data/results/memory_gpu.jsonl.
+
+Without a GPU it computes: the same remax_step on fake tensors (shapes without data), counting the
+bytes of all live storages at every operator. That leaves out kernel workspaces, fragmentation and
+the CUDA context, about 0.5 GB. It writes data/results/memory.jsonl.
+
+PPO is remax_step without the greedy rollout plus a critic of the policy's size, trained by the same
+recipe. "One by one" updates the critic after the policy's gradients are freed, "together" keeps
+both gradients until both step.
 """
 
 import argparse
@@ -37,7 +41,7 @@ from transformers import (
 import remax
 
 CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16
+DEVICE, DTYPE = remax.choose_device("cuda" if CUDA else "cpu"), torch.bfloat16
 MODELS = {  # config, prompts, prompt tokens, new tokens; one label: the critic's value
     "gpt2-large": (
         GPT2Config(
@@ -287,7 +291,8 @@ def main():
     if not CUDA:
         remax.micro_batches, power = full_length, torch.pow
         torch.pow = lambda x, n: power(x.float() if torch.is_autocast_enabled("cpu") else x, n)
-    path = Path(__file__).resolve().parent.parent / "results/memory.jsonl"
+    name = "memory_gpu.jsonl" if CUDA else "memory.jsonl"
+    path = Path(__file__).resolve().parent.parent / "results" / name
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", buffering=1) as file:
         for model, (_, B, P, T) in MODELS.items():
