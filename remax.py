@@ -24,12 +24,17 @@ What PPO has and ReMax does not need:
     deviation.
 
 Symbols, in shapes and equations:
-  B  prompts in a batch               x           prompt
-  P  tokens of a prompt, left-padded  y, ybar     response, greedy response
-  T  tokens of a response,            r, b        reward, baseline
-     right-padded                     A           advantage
-  V  tokens in the vocabulary         pi, pi_ref  policy, reference
-  N  rows of whatever is passed       beta        kl_coef, the price of KL
+  B  prompts in a batch                 x           prompt
+  P  tokens of a prompt                 y, ybar     response, greedy response
+  T  tokens of a response               r, b        reward, baseline
+  V  tokens in the vocabulary           A           advantage
+  N  rows, as many as are passed        pi, pi_ref  policy, reference
+                                        beta        kl_coef, the price of KL
+Prompts are padded on the left, responses on the right.
+
+To learn the algorithm, read rollout, response_mask, token_logprobs, remax_loss
+and remax_step, and stop there. The rest reads prompts, asks for rewards, saves
+the run, and refuses what would go wrong.
 
   python remax.py                        # a tiny GPT-2 on the CPU, no download
   python remax.py --model gpt2-large     # one GPU: favourable film reviews
@@ -37,9 +42,9 @@ Symbols, in shapes and equations:
 """
 
 import argparse
+import collections
 import copy
 import csv
-import glob
 import gzip
 import hashlib
 import importlib.util
@@ -50,7 +55,6 @@ import pickle
 import random
 import signal
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -62,11 +66,12 @@ except ImportError:  # Windows has none, so there nothing stops two runs in one 
     fcntl = None
 
 import datasets
+import pyarrow.parquet  # comes with datasets
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError  # comes with transformers
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -104,16 +109,16 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         attention_mask = attention_mask.repeat(2, 1)  # (N,P)
 
     cache = None
-    inputs = prompt  # (N,P) at first, then the newest token of each row, (N,1)
+    unread = prompt  # (N,P): what the cache does not hold yet; later one token a row, (N,1)
     done = torch.zeros(N, 1, dtype=torch.bool, device=prompt.device)  # (N,1)
     tokens, logprobs = [], []
     for _ in range(max_new_tokens):
         # Padding is no position: the first real token of each row is at 0.
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P+t)
         output = policy(
-            inputs,
+            unread,
             attention_mask=attention_mask,
-            position_ids=positions[:, -inputs.size(1) :],
+            position_ids=positions[:, -unread.size(1) :],
             cache=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -137,12 +142,12 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             newest = torch.cat([sampled, best])  # (N,1)
 
         # A row that is done goes on with padding until all are. Nobody reads what it computes.
-        inputs = newest.masked_fill(done, pad_id)  # (N,1)
-        tokens.append(inputs)
-        done = done | (inputs == eos_id)
+        unread = newest.masked_fill(done, pad_id)  # (N,1)
+        tokens.append(unread)
+        done = done | (unread == eos_id)
         if done.all():
             break
-        attention_mask = torch.cat([attention_mask, torch.ones_like(inputs)], 1)  # (N,P+t+1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(unread)], 1)  # (N,P+t+1)
     tokens = torch.cat(tokens, 1)  # (N,T)
     return tokens[:B], tokens[B:], torch.cat(logprobs, 1)
 
@@ -203,13 +208,15 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # 3. sum_y pi(y|x) = 1, so E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0. Multiplied by any
 #    b that is fixed before y is drawn it is still 0. So r - b gives the same expected gradient as
 #    r, with less variance if b is near r. The greedy response is fixed by x and the weights, its
-#    reward is often near r, and it needs no critic. No gradient goes through b.
+#    reward is often near r, and it needs no critic. No gradient goes through b. (b could hold the
+#    KL of the greedy response too. Algorithm 1 leaves it out, and both are unbiased.)
 # 4. In the same way E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0. The KL that was paid before token t
 #    does not depend on y_t: it would only add noise to its weight, and is left out. r depends on
 #    the whole response, and stays.
-# 5. KL = E[sum_t log(pi / pi_ref)]. The drawn y gives an estimate, which may be negative. It is
-#    detached and subtracted from the reward: the gradient of the log pi inside it is
-#    E[1 * grad log pi], which is 0 by 3.
+# 5. KL = E[log(pi / pi_ref)]. The drawn y gives an estimate of it, often called k1. It may be
+#    negative. The gradient of the KL has two parts, as pi stands in it twice:
+#    sum_y (grad pi) * log(pi / pi_ref) + sum_y pi * grad log pi. The second part is 0 by 3. The
+#    first is that of a reward log(pi / pi_ref), held constant. So it is subtracted from r.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1).
 
@@ -219,7 +226,7 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
 
     By hand, one row of two tokens, with r = 1, b = 0.4 and beta = 0.1:
       logprobs -1, -2   ref_logprobs -1.5, -1   kl 0.5, -1   kl_to_go -0.5, -1
-      A = 0.6 + 0.05, 0.6 + 0.1 = 0.65, 0.7     loss = 1 * 0.65 + 2 * 0.7 = 2.05.
+      A_1 = 0.6 + 0.05 = 0.65   A_2 = 0.6 + 0.1 = 0.7   loss = 1 * 0.65 + 2 * 0.7 = 2.05.
     """
     kl = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
     kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T): sum over all s >= t
@@ -230,7 +237,7 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
 
 @contextmanager
 def weights_as(model, dtype):
-    """Inside, the model's weights are in dtype; outside, they are its own again.
+    """Inside the with block the model's weights are in dtype, afterwards they are as before.
 
     Decoding reads all weights for every token: in 16 bits it reads half as many bytes.
     """
@@ -269,7 +276,7 @@ def micro_batches(prompt, attention_mask, response, mask, size):
 
 
 def average_over_processes(tensor):
-    """The mean of a tensor over the processes of torchrun, in place. Alone it stays as it is."""
+    """Replace a tensor by its mean over the processes of torchrun. A single process keeps it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -378,8 +385,8 @@ def remax_step(
         scaler.scale(part_loss * share).backward()
         logprobs[rows, :part_T] = part_logprobs.detach()
 
-    # 6. Update. A gradient that is not finite is left out, and counted. (GradScaler leaves it out
-    # too, but only where it is enabled.)
+    # 6. Update. Clipping shortens a long gradient and keeps its direction. (The loss is a sum over
+    # tokens, so most gradients are long.) One that is not finite is left out, and counted.
     average_gradients(policy)  # under torchrun: each process has had its share of the batch
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
@@ -426,7 +433,7 @@ BAD_INPUT = (
     EOFError,
     csv.Error,
     pickle.UnpicklingError,
-    SafetensorError,  # of transformers, when the disk is full
+    SafetensorError,  # what transformers raises when the disk is full
     datasets.exceptions.DatasetsError,
 )
 
@@ -439,21 +446,28 @@ def as_text(value):
     return str(value).removeprefix(f"{HERE}{os.sep}")
 
 
-def file_of(name):
-    """FILE.py of FILE.py:FUNCTION; any other name as it is."""
-    file, _, _ = name.rpartition(":")
-    return file if file.endswith(".py") else name
+def as_flag(name):
+    """The flag that is stored under this name: --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
+def split_function(name):
+    """(FILE.py, FUNCTION) of FILE.py:FUNCTION; (name, None) of any other name."""
+    file, _, function = name.rpartition(":")
+    if file.endswith(".py"):
+        return file, function
+    return name, None
 
 
 def fail(reason, args, *names):
     """End the run with two lines: what is wrong, and the flags to look at."""
-    flags = [f"--{name.replace('_', '-')} {as_text(getattr(args, name))}" for name in names]
+    flags = [f"{as_flag(name)} {as_text(getattr(args, name))}" for name in names]
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(flags)}")
 
 
 @contextmanager
 def exit_on_bad_input(args, *names):
-    """End the run by fail() if what these flags name is no good, in place of a traceback.
+    """Call fail() with these flags, in place of a traceback, if the block raises BAD_INPUT.
 
     For loading and writing alone: elsewhere a ValueError is a mistake in this file.
     """
@@ -462,9 +476,10 @@ def exit_on_bad_input(args, *names):
     except torch.OutOfMemoryError:
         raise  # main() knows the remedies
     except BAD_INPUT as error:
+        true_error = error
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__  # it says what is wrong with the file
-        reason = str(error).strip() or type(error).__name__
+            true_error = error.__cause__  # it says what is wrong with the file
+        reason = str(true_error).strip() or type(true_error).__name__
         fail(reason.splitlines()[0], args, *names)
 
 
@@ -512,24 +527,14 @@ def read_json(text):
     return rows
 
 
-def read_parquet(path):
-    # Escaped: datasets would take a [, * or ? in the name for a wildcard. Without a cache: it would
-    # find an older file of the same name and date there.
-    file = glob.escape(str(path))
-    with tempfile.TemporaryDirectory() as cache:
-        dataset = datasets.load_dataset(
-            "parquet", data_files=file, split="train", cache_dir=cache, keep_in_memory=True
-        )
-        return list(dataset)
-
-
 def read_file(path, suffix):
     """The rows of a file: dicts that hold the values as they stand there.
 
-    datasets is a guesser: it makes a date of "2021-03-04" and 7 of 007, and rewards compare them.
+    Not by datasets: it makes a date of "2021-03-04" and 7 of 007, takes [ and * in a name for
+    wildcards, and may answer from its cache after the file has changed.
     """
     if suffix == ".parquet":
-        return read_parquet(path)
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if suffix == ".txt":
@@ -562,7 +567,7 @@ def shortened(value):
 
 
 def check_chat(number, chat):
-    """Raise ValueError unless the chat in this row is a list of {role, content}, to be answered."""
+    """Raise ValueError unless this row's chat is a list of {role, content}, its answer missing."""
     for message in chat:
         is_message = isinstance(message, dict)
         if not is_message or not isinstance(message.get("role"), str):
@@ -598,7 +603,7 @@ def check_end_of_turn(tokenizer):
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = render(tokenizer, turns)
-    _, _, end = text.rpartition(content)
+    end = text.split(content)[-1]
     if not end.strip().startswith(tokenizer.eos_token):
         raise ValueError(
             f"the template ends a turn with {end!r}, and not with EOS {tokenizer.eos_token!r}: "
@@ -630,24 +635,37 @@ def encode_chats(tokenizer, chats):
     return encoded
 
 
-def read_prompts(args, tokenizer):
-    """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
-    rows = read_dataset(args.prompts)
+def check_rows(rows):
+    """Raise ValueError unless there are rows, and all are dicts."""
     if len(rows) == 0:
         raise ValueError("there are 0 prompts")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or None in row:  # None: csv has more values than columns
+        # csv.DictReader keeps the values beyond the last column under the key None.
+        if not isinstance(row, dict) or None in row:
             raise ValueError(f"row {number} does not fit the columns: {shortened(row)}")
-    columns = []  # of all rows, in order of appearance
+
+
+def fill_columns(rows):
+    """The rows, all with the same columns: None where a row lacks one."""
+    columns = {}  # its keys are the columns of all rows, in order of appearance
     for row in rows:
-        columns += [name for name in row if name not in columns]
-    if args.prompt_column not in columns:
-        raise ValueError(f"there is no such column, but {', '.join(map(str, columns))}")
-    rows = [{name: row.get(name) for name in columns} for row in rows]  # None where it has none
+        columns.update(row)
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def read_prompts(args, tokenizer):
+    """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
+    rows = read_dataset(args.prompts)
+    check_rows(rows)
+    rows = fill_columns(rows)
+    if args.prompt_column not in rows[0]:
+        columns = ", ".join(str(name) for name in rows[0])
+        raise ValueError(f"there is no column {args.prompt_column}, only {columns}")
     prompts = [row[args.prompt_column] for row in rows]
     check_prompts(prompts)
-    encode = encode_chats if isinstance(prompts[0], list) else encode_texts
-    return rows, encode(tokenizer, prompts)
+    if isinstance(prompts[0], list):
+        return rows, encode_chats(tokenizer, prompts)
+    return rows, encode_texts(tokenizer, prompts)
 
 
 def make_row(args, tokenizer, values, ids):
@@ -681,7 +699,7 @@ def load_prompts(args, tokenizer):
             rows.append(row)
 
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
-    held_out = min(128, math.ceil(len(rows) / 5))  # a fifth, but no more than are needed
+    held_out = min(128, math.ceil(len(rows) / 5))  # a fifth; 128 are enough for a steady mean
     for_training = len(rows) - held_out
     message = f"{len(rows)} prompts: {for_training} to train on, {held_out} held out"
     cut = sum(row["is_cut"] for row in rows)
@@ -712,21 +730,23 @@ def forbid_exit():
         raise RuntimeError("the reward called sys.exit()") from error
 
 
-def load_reward_function(args):
-    """The function of FILE.py:FUNCTION. What the file itself raises keeps its traceback."""
-    path, _, function_name = args.reward.rpartition(":")
-    if not path.endswith(".py"):
-        fail("name the function too: FILE.py:FUNCTION", args, "reward")
-    if not Path(path).is_file():
-        fail(f"there is no file {path}", args, "reward")
-    # By its path: import_module() would prefer an installed module of the same name.
+def import_file(path):
+    """Import a Python file by its path: import_module() would prefer an installed namesake."""
     module_name = Path(path).stem
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
     sys.modules.setdefault(module_name, module)  # a process pool looks here for the functions
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_reward_function(args, path, function_name):
+    """A function of a Python file. What the file itself raises keeps its traceback."""
+    if not Path(path).is_file():
+        fail(f"there is no file {path}", args, "reward")
     with forbid_exit():
-        spec.loader.exec_module(module)
+        module = import_file(path)
     function = getattr(module, function_name, None)
     if not callable(function):
         fail(f"{path} has no function {function_name}", args, "reward")
@@ -740,7 +760,7 @@ class RewardModel:
     It reads text with a tokenizer of its own, never the policy's tokens.
     """
 
-    def __init__(self, name, dtype):
+    def __init__(self, name, dtype, device):
         config = AutoConfig.from_pretrained(name)
         if "SequenceClassification" not in str(config.architectures):
             raise ValueError(f"{name} is not a sequence classifier")
@@ -754,7 +774,7 @@ class RewardModel:
         self.model.config.pad_token_id = tokenizer.pad_token_id
         positions = getattr(config, "max_position_embeddings", 512)
         self.max_length = min(tokenizer.model_max_length, positions)
-        self.device = torch.device("cpu")
+        self.device = device  # of the inputs; the weights may come and go, see offload()
 
     def texts(self, prompts, completions):
         """Return (texts, have_special_tokens): one text a row, and whether a template wrote the
@@ -788,12 +808,15 @@ class RewardModel:
         return logits.softmax(1)[:, -1]
 
 
-def load_reward(args, dtype):
+def load_reward(args, dtype, device):
     """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
-    if file_of(args.reward).endswith(".py"):
-        return load_reward_function(args)
+    name, function_name = split_function(args.reward)
+    if function_name is not None:
+        return load_reward_function(args, name, function_name)
+    if name.endswith(".py"):
+        fail("name the function too: FILE.py:FUNCTION", args, "reward")
     with exit_on_bad_input(args, "reward"):
-        return RewardModel(args.reward, dtype)
+        return RewardModel(name, dtype, device)
 
 
 def decode_responses(tokenizer, rows, responses):
@@ -824,7 +847,8 @@ def as_rewards(values, N, device):
     try:
         rewards = torch.as_tensor(values, dtype=torch.float32, device=device).detach()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"rewards must be numbers, and none None: {shortened(values)}") from error
+        reason = f"rewards must be numbers; None is not supported: {shortened(values)}"
+        raise ValueError(reason) from error
     if rewards.shape != (N,) or not rewards.isfinite().all():
         raise ValueError(f"the reward must return {N} finite numbers, not {rewards}")
     return rewards
@@ -953,7 +977,8 @@ def make_optimizer(args, policy):
 def make_scaler(dtype, device):
     """float16 alone needs one: its small gradients would be rounded to 0."""
     # A sum over tokens is large: the default scale of 65536 would overflow at once.
-    return torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
+    is_float16 = dtype == torch.float16
+    return torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=is_float16)
 
 
 def use_one_thread_if_small(policy):
@@ -1000,16 +1025,15 @@ MAY_CHANGE = (
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
-def comparable(args):
-    """The flags as texts for --resume to compare; prompts and reward files by their content."""
-    values = {name: as_text(value) for name, value in vars(args).items()}
-    for name in "prompts", "reward":
-        given = getattr(args, name)  # a file, FILE.py:FUNCTION, or a name on the hub
-        path = Path(file_of(given))
-        if path.is_file():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            values[name] = f"{Path(given).name} with the sha256 {digest}"
-    return values
+def flags_to_compare(args):
+    """The flags as texts, for --resume to compare: name -> text. Files count by their content."""
+    flags = {name: as_text(value) for name, value in vars(args).items()}
+    reward_file, _ = split_function(args.reward)
+    for name, file in (("prompts", args.prompts), ("reward", reward_file)):
+        if Path(file).is_file():  # it may have been edited since, or moved
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+            flags[name] = f"{Path(getattr(args, name)).name} with the sha256 {digest}"
+    return flags
 
 
 def lock(file):
@@ -1031,19 +1055,20 @@ def open_metrics(folder):
     return metrics
 
 
-def read_checkpoint(args, now, path):
+def read_checkpoint(args, flags, path):
     """The checkpoint that --resume goes on from. Raises ValueError if other flags made it.
 
-    now: this run's flags, as comparable() returns them.
+    flags: this run's, as flags_to_compare() returns them.
     """
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    for name, before in checkpoint["args"].items():
-        is_longer_run = name == "steps" and args.steps > int(before)
-        if now[name] != before and name not in MAY_CHANGE and not is_longer_run:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {now[name]}, but the run was made with {before}")
+    for name, old in checkpoint["args"].items():
+        if flags[name] == old or name in MAY_CHANGE:
+            continue
+        if name == "steps" and args.steps > int(old):
+            continue  # a longer run
+        raise ValueError(f"{as_flag(name)} is {flags[name]}, but the run was made with {old}")
     return checkpoint
 
 
@@ -1071,17 +1096,22 @@ def save_checkpoint(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except RuntimeError as error:
-        # On a full disk torch hides the OSError behind a RuntimeError("unexpected pos").
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+        # On a full disk torch raises RuntimeError("unexpected pos") and hides the true error.
+        true_error = error.__context__
+        if isinstance(true_error, OSError):
+            raise true_error from None
         raise
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; kill, and most schedulers
-if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has no such signal
-    STOP_SIGNALS.append(signal.SIGHUP)
+def stop_signals():
+    """The signals that ask a run to stop: Ctrl-C, kill or a scheduler, a closed terminal."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP. nohup ignores it, and that stays so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 class StopRequest:
@@ -1089,15 +1119,12 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number = None
-        for number in STOP_SIGNALS:
-            is_ignored = signal.getsignal(number) == signal.SIG_IGN
-            if is_ignored and number != signal.SIGINT:
-                continue  # nohup ignores SIGHUP, and that stays so
+        self.numbers = stop_signals()
+        for number in self.numbers:
             signal.signal(number, self.receive)
-        if hasattr(os, "register_at_fork"):
-            # A reward function may fork, and terminate() must end its child. So the child gets
-            # other handlers. Signals are held during the fork: one that came before the child
-            # has them would be lost.
+        # A reward function may fork, and terminate() must end its child, which would otherwise
+        # remember the signal as the run does.
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
             os.register_at_fork(
                 before=self.hold_signals,
                 after_in_parent=self.release_signals,
@@ -1118,17 +1145,20 @@ class StopRequest:
             os.dup2(nowhere, 2)  # standard error
 
     def hold_signals(self):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        """Until the fork is done: a child would lose what comes before it has its handlers."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
 
     def release_signals(self):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
 
     def set_handlers_of_child(self):
         """A forked child ends on SIGTERM, as terminate() expects. It ignores the other signals,
         because the parent still needs it to finish the step."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in self.numbers:
+            # Not SIGTERM, not even for an instant: one that is waiting would be thrown away.
+            if number != signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)
         self.release_signals()
 
     def signal_of_any_process(self):
@@ -1158,7 +1188,7 @@ class Run:
     def __init__(self, args):
         """Check and load everything, cheap things first."""
         self.args = args
-        self.flags = comparable(args)  # now: the files may be edited while the run lives
+        self.flags = flags_to_compare(args)  # read now: the files may be edited during the run
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.processes != 0:
@@ -1170,10 +1200,17 @@ class Run:
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
+        self.folder = Path(args.output_dir).resolve()
+        checkpoint = None
         with exit_on_bad_input(args, "output_dir"):
-            checkpoint = self.open_folder()
+            if self.rank == 0:
+                self.metrics = open_metrics(self.folder)  # locked before the checkpoint is read
+            if args.resume:
+                checkpoint = self.read_old_run()
+            else:
+                self.begin_new_run()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
-        self.reward = load_reward(args, self.dtype)
+        self.reward = load_reward(args, self.dtype, self.device)
         self.say_how_chats_are_scored()
         with exit_on_bad_input(args, "model", "gradient_checkpointing"):
             self.policy = load_policy(args)
@@ -1185,28 +1222,23 @@ class Run:
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
         self.steps_done = 0
-        self.steps_without_learning = 0  # in a row
+        self.steps_in_a_row = collections.Counter()  # warning -> the steps that gave cause for it
         if checkpoint is not None:
             with exit_on_bad_input(args, "output_dir", "model"):
                 self.restore(checkpoint)
         self.announce()
         use_one_thread_if_small(self.policy)
 
-    def open_folder(self):
-        """Open metrics.jsonl, and read the checkpoint to resume from; return it, or None."""
-        self.folder = Path(self.args.output_dir).resolve()
-        is_writer = self.rank == 0
-        if is_writer:
-            self.metrics = open_metrics(self.folder)  # locked before the checkpoint is read
-        if not self.args.resume:
-            if is_writer:
-                refuse_old_run(self.args, self.folder, self.metrics)
-                (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
-            return None
+    def begin_new_run(self):
+        if self.rank == 0:
+            refuse_old_run(self.args, self.folder, self.metrics)
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
+
+    def read_old_run(self):
+        """Return the checkpoint to go on from, and drop the rows of the steps after it."""
         checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        if is_writer:
-            # The steps after the checkpoint will be run again. min(): truncate() would lengthen a
-            # file that was deleted or cut by hand.
+        if self.rank == 0:
+            # min(): truncate() would lengthen a file that was deleted or cut by hand.
             size = min(checkpoint["metrics_bytes"], self.metrics.tell())
             self.metrics.truncate(size)
         return checkpoint
@@ -1222,9 +1254,11 @@ class Run:
         embeddings = self.policy.get_input_embeddings().num_embeddings
         largest = max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         for row in self.training_rows + self.held_out_rows:
-            largest = max(largest, *row["prompt_ids"])
+            largest = max(largest, max(row["prompt_ids"]))
         if largest >= embeddings:
-            raise ValueError(f"it has {embeddings} embeddings, but its tokenizer a token {largest}")
+            raise ValueError(
+                f"it has {embeddings} embeddings, but its tokenizer has a token {largest}"
+            )
 
     def check_cache(self):
         """Refuse a model that rollout() refuses, before any time is spent."""
@@ -1243,7 +1277,6 @@ class Run:
             frozen_models.append(self.reference)
         if isinstance(self.reward, RewardModel):
             frozen_models.append(self.reward.model)
-            self.reward.device = self.device
         for frozen in frozen_models:
             if self.args.offload:
                 offload(frozen, self.policy, self.device)
@@ -1364,14 +1397,14 @@ class Run:
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def draw_rows(self, step):
-        """This process's share of the step's prompts. From here on it draws its own noise.
+        """Seed the step, and return this process's share of its prompts.
 
-        All noise of a step comes from the seed and the step: a resumed run draws the same.
+        All noise of a step comes from --seed and the step. So a resumed run draws the same.
         """
         seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)
         transformers.set_seed(seed)  # of random, numpy and torch: a reward may use any of them
         batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all processes
-        torch.manual_seed(seed + self.rank)
+        torch.manual_seed(seed + self.rank)  # but each process draws responses of its own
         return batch[self.rank :: self.processes]
 
     def train_step(self, step):
@@ -1380,7 +1413,8 @@ class Run:
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         is_greedy = args.baseline == "greedy"
-        scored_rows = rows + rows if is_greedy else rows  # of the sampled, then of the greedy ones
+        # The prompts of the sampled responses and, behind them, of the greedy ones.
+        scored_rows = rows + rows if is_greedy else rows
 
         def score(responses):
             return self.score(scored_rows, responses)
@@ -1442,23 +1476,28 @@ class Run:
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
-    def warn_if_nothing_is_learned(self, figures):
-        """Say it once, after 20 steps in a row that teach nothing."""
-        warning = None
-        if figures["zero_advantage"] == 1:
-            warning = "20 steps of zero_advantage 1: are all responses or rewards alike?"
-        elif figures["kl"] is not None and figures["kl"] < -1:
-            # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
-            warning = "20 steps of KL below -1: are the responses drawn from the policy?"
-        if warning is None:
-            self.steps_without_learning = 0
+    def warn(self, warning, has_cause):
+        """Print the warning in the 20th step in a row that gives cause for it."""
+        if not has_cause:
+            self.steps_in_a_row[warning] = 0
             return
-        self.steps_without_learning += 1
-        if self.steps_without_learning == 20:
+        self.steps_in_a_row[warning] += 1
+        if self.steps_in_a_row[warning] == 20:
             tqdm.write(f"warning: {warning}")
 
+    def warn_if_nothing_is_learned(self, figures):
+        self.warn(
+            "20 steps of zero_advantage 1: are all responses or rewards alike?",
+            figures["zero_advantage"] == 1,
+        )
+        # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
+        self.warn(
+            "20 steps of KL below -1: are the responses drawn from the policy?",
+            figures["kl"] is not None and figures["kl"] < -1,
+        )
+
     def show(self, bar, step, figures):
-        """On a terminal in front of the bar, elsewhere as a line."""
+        """Write the step's figures in front of the bar or, where there is none, as a line."""
         if bar.disable:
             print(f"step {step}: {in_words(figures)}", flush=True)
         else:
@@ -1507,7 +1546,7 @@ class Run:
 
 
 def peak_memory_gb(device):
-    """The most GPU memory in use in this step, in GB of 1e9 bytes; None elsewhere."""
+    """The most GPU memory in use in this step, in GB of 1e9 bytes; None without a GPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / 1e9
@@ -1578,11 +1617,10 @@ def tiny_world_defaults():
     """TINY_WORLD as a person would type it."""
     flags = []
     for name, value in TINY_WORLD.items():
-        flag = name.replace("_", "-")
         if value is False:
-            flags.append(f"  --no-{flag}")
+            flags.append(f"  {as_flag(f'no_{name}')}")
         else:
-            flags.append(f"  --{flag} {as_text(value)}")
+            flags.append(f"  {as_flag(name)} {as_text(value)}")
     return "\n".join(flags)
 
 
@@ -1672,10 +1710,12 @@ def parse_args(argv=None):
     if args.output_dir is None:
         args.output_dir = f"runs/{run_name}-{args.seed}"
     # Paths are resolved once: a reward function may change the working directory.
-    for name in "model", "reward", "prompts":
-        path = getattr(args, name)
-        if Path(file_of(path)).exists():
-            setattr(args, name, os.path.abspath(path))
+    reward_file, _ = split_function(args.reward)
+    paths = {"model": args.model, "prompts": args.prompts, "reward": reward_file}
+    for name, path in paths.items():
+        if Path(path).exists():
+            value = getattr(args, name)  # the path, or FILE.py:FUNCTION
+            setattr(args, name, os.path.abspath(value))
     return args
 
 

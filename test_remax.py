@@ -1083,7 +1083,7 @@ def test_the_reference_rests_in_the_dtype_asked_for(dtype):
 
 
 def test_the_reward_model_rests_in_the_dtype_asked_for():
-    reward = remax.load_reward(tiny_args(), torch.bfloat16)
+    reward = remax.load_reward(tiny_args(), torch.bfloat16, CPU)
     assert {p.dtype for p in reward.model.parameters()} == {torch.bfloat16}
     assert not reward.model.training
 
@@ -1178,7 +1178,7 @@ def test_cuda_peak_memory_stays_in_its_budget_and_offload_lowers_it(tmp_path):
 def test_cuda_resumes_and_runs_under_torchrun(tmp_path):
     """As far as one GPU goes: the gradients by nccl, the numbers of signals by gloo."""
     flags = ["--steps", "2", "--save-every", "1", "--output-dir", str(tmp_path / "run")]
-    command = ["torchrun", "--standalone", "--nproc-per-node", "1", remax.__file__, *flags]
+    command = [*TORCHRUN, "--nproc-per-node", "1", remax.__file__, *flags]
     assert subprocess.run(command, timeout=120).returncode == 0
     remax.main([*flags, "--steps", "3", "--resume"])
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "reward" in row] == [1, 2, 3]
@@ -1317,7 +1317,7 @@ def test_the_greedy_half_gets_the_same_prompts_in_steps_and_evaluations(small, t
 
 
 def test_reward_model_ignores_padding_and_reads_the_last_label():
-    reward = remax.RewardModel(str(TINY / "reward"), torch.float32)
+    reward = remax.RewardModel(str(TINY / "reward"), torch.float32, CPU)
     prompts = ["The plot", "The music of this western"]
     completions = [" was superb.", " put me to sleep. I hated it, and I left the cinema angry."]
     together = reward(prompts, completions)
@@ -1337,7 +1337,7 @@ def test_reward_of_a_gpt2_classifier(tmp_path, labels):
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
     tokenizer.save_pretrained(tmp_path)
-    reward = remax.RewardModel(str(tmp_path), torch.float32)
+    reward = remax.RewardModel(str(tmp_path), torch.float32, CPU)
     texts = ["The plot was superb.", "It was dreadful and the cast put me to sleep."]
     for text, value in zip(texts, reward(["", ""], texts), strict=True):
         logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
@@ -2124,7 +2124,7 @@ def test_texts_for_a_chat_model_are_said_to_go_without_its_template(capsys):
 
 
 def test_a_reward_model_without_template_reads_the_contents_of_a_chat():
-    reward = remax.RewardModel(str(TINY / "reward"), torch.float32)
+    reward = remax.RewardModel(str(TINY / "reward"), torch.float32, CPU)
     question = [{"role": "user", "content": "How was the plot?"}]
     answer = [{"role": "assistant", "content": "The plot was superb."}]
     expected = reward(["How was the plot?\n"], ["The plot was superb."])
@@ -2284,6 +2284,20 @@ def test_a_reward_that_forks_ends(small, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def terminated_while_it_begins():
+    stop = remax.StopRequest()
+    stop.hold_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.set_handlers_of_child()
+
+
+def test_a_child_that_is_terminated_before_it_has_its_handlers_ends():
+    child = FORKSERVER.Process(target=terminated_while_it_begins)
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == -signal.SIGTERM
+
+
 def test_a_reward_may_change_the_working_directory(small, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "moves.py").write_text(
@@ -2332,7 +2346,9 @@ def test_a_reward_file_may_import_its_neighbours(tmp_path):
         "import neighbour_of_mine\ndef f(completions, **k):\n"
         "    return [neighbour_of_mine.g(c) for c in completions]"
     )
-    reward = remax.load_reward(tiny_args("--reward", f"{tmp_path}/imports.py:f"), torch.float32)
+    reward = remax.load_reward(
+        tiny_args("--reward", f"{tmp_path}/imports.py:f"), torch.float32, CPU
+    )
     assert reward(completions=["abc"]) == [3]
 
 
@@ -2431,10 +2447,13 @@ def fails(completions, **kwargs):
 """
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
 def torchrun(*command):
     """A command in two processes of one thread each, started."""
     return subprocess.Popen(
-        ["torchrun", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+        [*TORCHRUN, "--nproc-per-node", "2", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -2541,7 +2560,7 @@ def test_a_batch_that_does_not_divide_is_refused(small, tmp_path, capsys, monkey
 SABOTAGE = [  # what is broken, the line, its broken form, the test that must notice
     ("position_ids dropped", "        position_ids=positions,\n", "", "padding_changes"),
     ("positions dropped while decoding",
-     "            position_ids=positions[:, -inputs.size(1) :],\n", "", "rollout_is_the_policy"),
+     "            position_ids=positions[:, -unread.size(1) :],\n", "", "rollout_is_the_policy"),
     ("EOS left out of the mask", "(eos_before == 0)", "(is_eos.cumsum(1) == 0)", "first_eos"),
     ("mask from pad ids", "(eos_before == 0)", "(response != eos_id)", "first_eos"),
     ("KL sign flipped", "(logprobs.detach() - ref_logprobs) * mask",
@@ -2609,14 +2628,16 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
      "self.metrics.truncate(size)", "pass", "cut_off"),
-    ("resume with other mathematics", "if now[name] != before and name not in MAY_CHANGE",
-     "if False", "resumed_as_another"),
+    ("resume with other mathematics", "if flags[name] == old or name in MAY_CHANGE:",
+     "if True:", "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
      "unfinished = path",
      "disk_full_while"),
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
+    ("child that ignores SIGTERM for an instant", "if number != signal.SIGTERM:", "if True:",
+     "before_it_has_its_handlers"),
     ("stop that saves nothing", "must_stop = is_stuck or signal_number != 0",
      "must_stop = is_stuck", "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
@@ -2630,7 +2651,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "them\n"
      "        batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all "
      "processes\n"
-     "        torch.manual_seed(seed + self.rank)\n",
+     "        torch.manual_seed(seed + self.rank)  # but each process draws responses of its own\n",
      "        step > 1 or transformers.set_seed(self.args.seed)\n"
      "        batch = random.sample(self.training_rows, self.args.batch_size)\n",
      "same_seed"),
