@@ -1045,15 +1045,10 @@ def test_offload_moves_a_frozen_model_in_for_its_own_work_and_out_for_the_policy
     assert moves == ["meta", "meta", "cpu"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--optimizer", "adafactor", "--lr", "5e-3"],
-        ["--gradient-checkpointing", "--micro-batch-size", "4"],
-    ],
-)
-def test_other_flags_learn_too(tmp_path, flags):
-    remax.main(["--steps", "6", "--eval-every", "6", "--output-dir", str(tmp_path), *flags])
+def test_other_flags_learn_too(tmp_path):
+    flags = ["--optimizer", "adafactor", "--lr", "5e-3", "--gradient-checkpointing"]
+    flags += ["--micro-batch-size", "4", "--steps", "6", "--eval-every", "6"]
+    remax.main([*flags, "--output-dir", str(tmp_path)])
     rows = read_metrics(tmp_path)
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.05
     assert abs(rows[1]["kl"]) < 0.1
@@ -1455,14 +1450,14 @@ def test_gpt2_large_by_name_from_a_local_hub_cache(tmp_path):
     """The command the project exists for; a small stand-in answers to the name."""
     put_into_hub_cache(tmp_path / "hub", "gpt2-large", TINY / "policy")
     put_into_hub_cache(tmp_path / "hub", "lvwerra/distilbert-imdb", TINY / "reward")
-    flags = ["--model", "gpt2-large", "--steps", "2", "--output-dir", tmp_path / "out"]
+    flags = ["--model", "gpt2-large", "--steps", "1", "--output-dir", tmp_path / "out"]
     done = shell(*flags, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert done.returncode == 0, done.stderr
     args = json.loads((tmp_path / "out/args.json").read_text())
     assert args["reward"] == "lvwerra/distilbert-imdb"
     assert args["max_new_tokens"] == 48
     assert args["lr"] == 1e-6
-    assert [row["step"] for row in read_metrics(tmp_path / "out")] == [0, 1, 2, 2]
+    assert [row["step"] for row in read_metrics(tmp_path / "out")] == [0, 1, 1]
 
 
 def test_reward_function_from_a_file_without_kl(tmp_path):
@@ -2241,7 +2236,7 @@ import time
 
 def f(completions, **kwargs):
     global process
-    process = multiprocessing.Process(target=time.sleep, args=(20,), daemon=False)
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
     process.start()
     return [len(text) for text in completions]
 """
@@ -2264,15 +2259,17 @@ FORKING = """
 import multiprocessing
 import time
 
+fork = multiprocessing.get_context("fork")  # which is the default up to Python 3.13
+
 def length(text):
     return len(text)
 
 def f(completions, **kwargs):
-    process = multiprocessing.Process(target=time.sleep, args=(600,))
+    process = fork.Process(target=time.sleep, args=(600,))
     process.start()
     process.terminate()
     process.join()
-    with multiprocessing.Pool(2) as pool:
+    with fork.Pool(2) as pool:
         return pool.map(length, completions)
 """
 
@@ -2462,9 +2459,9 @@ def torchrun(*command):
 
 @pytest.fixture
 def slow(small, tmp_path):
-    """Flags of a run of 40 steps that is slow under torchrun."""
+    """Flags of a run of 20 steps that is slow under torchrun."""
     (tmp_path / "slow.py").write_text(SLOW)
-    flags = [*small, "--steps", 40, "--reward", f"{tmp_path}/slow.py:f"]
+    flags = [*small, "--steps", 20, "--reward", f"{tmp_path}/slow.py:f"]
     return [*flags, "--output-dir", tmp_path / "run"]
 
 
@@ -2520,7 +2517,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_can_go_o
         os.kill(first, 0)
     remax.main([*map(str, slow), "--resume"])  # one process may continue what two began
     steps = [row["step"] for row in read_metrics(tmp_path / "run") if "reward" in row]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 21))
 
 
 def test_sigterm_to_torchrun_saves(slow, tmp_path):
