@@ -12,8 +12,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
   6. Update: clip the gradient norm, take one optimizer step, and throw the
      rollout away.
 
-The baseline is there to lower the variance: r - b is usually much smaller than
-r, and the mean of the gradient stays the same.
+The baseline is there to lower the variance. It does so where r - b is smaller
+than r, and it leaves the mean of the gradient as it is.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
@@ -59,6 +59,7 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -108,46 +109,47 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         prompt = prompt.repeat(2, 1)  # (N,P)
         attention_mask = attention_mask.repeat(2, 1)  # (N,P)
 
+    def tokens_in(cache):
+        try:
+            return cache.get_seq_length()
+        except (AttributeError, ValueError):  # no cache, or one that counts no tokens, as Mamba's
+            return 0
+
     cache = None
-    unread = prompt  # (N,P): what the cache does not hold yet; later one token a row, (N,1)
+    new_tokens = prompt  # what the model reads next: (N,P), and from then on (N,1)
     done = torch.zeros(N, 1, dtype=torch.bool, device=prompt.device)  # (N,1)
     tokens, logprobs = [], []
     for _ in range(max_new_tokens):
         # Padding is no position: the first real token of each row is at 0.
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P+t)
         output = policy(
-            unread,
+            new_tokens,
             attention_mask=attention_mask,
-            position_ids=positions[:, -unread.size(1) :],
-            cache=cache,
+            position_ids=positions[:, -new_tokens.size(1) :],  # those of the new tokens
+            cache=cache,  # transformers 5.24 renamed past_key_values
             use_cache=True,
             logits_to_keep=1,
         )
-        # transformers 5.24 renamed past_key_values to cache, the argument and the output.
         cache = getattr(output, "cache", None)
-        try:
-            tokens_in_cache = cache.get_seq_length()
-        except (AttributeError, ValueError):  # no cache, or one without a length, as Mamba's
-            tokens_in_cache = 0
-        if tokens_in_cache < attention_mask.size(1):
+        if tokens_in(cache) < attention_mask.size(1):
             raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
 
         logits = output.logits[:, -1].float()  # (N,V)
         probabilities = logits[:B].softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
         logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
-        newest = sampled
+        new_tokens = sampled
         if greedy:
             best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
-            newest = torch.cat([sampled, best])  # (N,1)
+            new_tokens = torch.cat([sampled, best])  # (N,1)
 
         # A row that is done goes on with padding until all are. Nobody reads what it computes.
-        unread = newest.masked_fill(done, pad_id)  # (N,1)
-        tokens.append(unread)
-        done = done | (unread == eos_id)
+        new_tokens = new_tokens.masked_fill(done, pad_id)  # (N,1)
+        tokens.append(new_tokens)
+        done = done | (new_tokens == eos_id)
         if done.all():
             break
-        attention_mask = torch.cat([attention_mask, torch.ones_like(unread)], 1)  # (N,P+t+1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(new_tokens)], 1)  # (N,P+t+1)
     tokens = torch.cat(tokens, 1)  # (N,T)
     return tokens[:B], tokens[B:], torch.cat(logprobs, 1)
 
@@ -179,17 +181,18 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
         attention_mask=attention_mask,
         position_ids=positions,
         use_cache=False,
-        logits_to_keep=T + 1,  # some models ignore it, so the slice below cuts again
+        logits_to_keep=T + 1,
     ).logits
-    logits = logits[:, -T - 1 : -1]  # (B,T,V): the logits of one column predict the next token
+    logits = logits[:, -(T + 1) :]  # (B,T+1,V): again, as some models ignore logits_to_keep
+    logits = logits[:, :-1]  # (B,T,V): each column predicts the token after it
 
     def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
         all_logprobs = row_logits.float().log_softmax(-1)  # (T,V)
         return all_logprobs.gather(1, row_tokens[:, None])[:, 0]
 
-    # All rows at once would keep float32 copies of all logits for the backward pass. So each row is
-    # computed separately, and checkpoint() computes it again in the backward pass.
+    # float32 copies of all logits would fill the memory. So the rows go one by one. checkpoint()
+    # keeps no copy for the backward pass either, but computes the row again.
     logprobs = []
     for row_logits, row_tokens in zip(logits, response, strict=True):
         row = torch.utils.checkpoint.checkpoint(
@@ -231,7 +234,8 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     kl = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
     kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T): sum over all s >= t
     advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go  # (B,T)
-    # log pi(y|x) is a sum over tokens. A mean would favour the tokens of short responses.
+    # log pi(y|x) is a sum over tokens. A mean over each response's tokens would let those of short
+    # responses weigh more.
     return -(logprobs * advantage * mask).sum(1).mean()
 
 
@@ -251,28 +255,38 @@ def weights_as(model, dtype):
             parameter.data = own
 
 
+class Part(NamedTuple):
+    """Some rows of a batch, cut to the longest prompt (part_P) and response (part_T) among them."""
+
+    rows: torch.Tensor  # (N,): their indices in the batch
+    prompt: torch.Tensor  # (N,part_P)
+    attention_mask: torch.Tensor  # (N,part_P)
+    response: torch.Tensor  # (N,part_T)
+    mask: torch.Tensor  # (N,part_T)
+
+
 def micro_batches(prompt, attention_mask, response, mask, size):
     """Cut a batch into parts of at most `size` rows, which go through the models one by one.
 
-    Padding costs as much as tokens. So rows of similar length go together, and each part is cut to
-    its longest prompt and response.
+    Padding costs as much as tokens. So responses of similar length go together, and each part is
+    cut to its longest prompt and response.
 
-    prompt, attention_mask: (B,P); response, mask: (B,T).
-    Yields (rows, part_T, inputs) for each part: the indices (N,) of its rows, the tokens of its
-    longest response, and its prompt, attention_mask, response and mask, as token_logprobs takes
-    them.
+    prompt, attention_mask: (B,P); response, mask: (B,T). Returns a list of Parts.
     """
+    parts = []
     rows_by_length = mask.sum(1).argsort()  # (B,)
     for rows in rows_by_length.split(size):
-        part_P = attention_mask[rows].sum(1).max().item()
-        part_T = mask[rows].sum(1).max().item()
-        inputs = (
-            prompt[rows, -part_P:],  # the padding is on the left
-            attention_mask[rows, -part_P:],
-            response[rows, :part_T],  # the padding is on the right
-            mask[rows, :part_T],
+        longest_prompt = attention_mask[rows].sum(1).max().item()
+        longest_response = mask[rows].sum(1).max().item()
+        part = Part(
+            rows,
+            prompt[rows, -longest_prompt:],  # the padding is on the left
+            attention_mask[rows, -longest_prompt:],
+            response[rows, :longest_response],  # the padding is on the right
+            mask[rows, :longest_response],
         )
-        yield rows, part_T, inputs
+        parts.append(part)
+    return parts
 
 
 def average_over_processes(tensor):
@@ -333,12 +347,13 @@ def remax_step(
     Returns the step's figures, name -> number. Under torchrun each process brings B prompts of its
     own, all make the same update, and the figures are those of the whole batch.
     """
+    if reference is None and kl_coef > 0:
+        raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     device = prompt.device
+    is_16_bit = dtype != torch.float32
     # Without autocast's own cache, which would hold a 16-bit copy of every weight.
-    autocast = torch.autocast(
-        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-    )
+    autocast = torch.autocast(device.type, dtype, enabled=is_16_bit, cache_enabled=False)
     start_time = time.perf_counter()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
@@ -357,36 +372,43 @@ def remax_step(
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
-    parts = list(micro_batches(prompt, attention_mask, response, mask, micro_batch_size))
+    parts = micro_batches(prompt, attention_mask, response, mask, micro_batch_size)
 
     # 4. Reference.
     ref_logprobs = torch.zeros(mask.shape, device=device)  # (B,T)
     if reference is not None:
-        for rows, part_T, inputs in parts:
+        for part in parts:
+            part_T = part.mask.size(1)
             with torch.no_grad(), autocast:
-                ref_logprobs[rows, :part_T] = token_logprobs(reference, *inputs)
+                ref_logprobs[part.rows, :part_T] = token_logprobs(
+                    reference, part.prompt, part.attention_mask, part.response, part.mask
+                )  # (N,part_T)
 
     # 5. Gradient. Gradient checkpointing needs train() mode; load_policy() set dropout to 0.
     policy.train()
     logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
-    for rows, part_T, inputs in parts:
+    for part in parts:
+        part_T = part.mask.size(1)
         with autocast:
-            part_logprobs = token_logprobs(policy, *inputs)  # (N,T)
+            part_logprobs = token_logprobs(
+                policy, part.prompt, part.attention_mask, part.response, part.mask
+            )  # (N,part_T)
         part_loss = remax_loss(
             part_logprobs,
-            ref_logprobs[rows, :part_T],
-            mask[rows, :part_T],
-            reward[rows],
-            baseline[rows],
+            ref_logprobs[part.rows, :part_T],
+            part.mask,
+            reward[part.rows],
+            baseline[part.rows],
             kl_coef,
         )
         # Each part counts by its rows: the micro-batch size does not change the gradient.
-        share = len(rows) / B
+        share = len(part.rows) / B
         scaler.scale(part_loss * share).backward()
-        logprobs[rows, :part_T] = part_logprobs.detach()
+        logprobs[part.rows, :part_T] = part_logprobs.detach()
 
-    # 6. Update. Clipping shortens a long gradient and keeps its direction. (The loss is a sum over
-    # tokens, so most gradients are long.) One that is not finite is left out, and counted.
+    # 6. Update. The loss is a sum over tokens, so most gradients are long. Clipping keeps their
+    # direction and gives up their length, and with it strict unbiasedness. A gradient that is not
+    # finite is left out, and counted. (In float16 the scaler would leave it out too.)
     average_gradients(policy)  # under torchrun: each process has had its share of the batch
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
@@ -451,17 +473,26 @@ def as_flag(name):
     return "--" + name.replace("_", "-")
 
 
+def as_typed(name, value):
+    """A flag and its value as a person would type them."""
+    if value is True:
+        return as_flag(name)
+    if value is False:
+        return as_flag(f"no_{name}")
+    return f"{as_flag(name)} {as_text(value)}"
+
+
 def split_function(name):
     """(FILE.py, FUNCTION) of FILE.py:FUNCTION; (name, None) of any other name."""
+    if ".py:" not in name:
+        return name, None
     file, _, function = name.rpartition(":")
-    if file.endswith(".py"):
-        return file, function
-    return name, None
+    return file, function
 
 
 def fail(reason, args, *names):
     """End the run with two lines: what is wrong, and the flags to look at."""
-    flags = [f"{as_flag(name)} {as_text(getattr(args, name))}" for name in names]
+    flags = [as_typed(name, getattr(args, name)) for name in names]
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(flags)}")
 
 
@@ -474,7 +505,7 @@ def exit_on_bad_input(args, *names):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise  # main() knows the remedies
+        raise  # it is a RuntimeError too, but main() knows the remedies
     except BAD_INPUT as error:
         true_error = error
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
@@ -511,6 +542,11 @@ def load_policy_tokenizer(args):
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
+def suffix_of(path):
+    """.jsonl of prompts.jsonl and of prompts.JSONL.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
 def read_json(text):
     """The rows of a JSON array, or of one JSON object a line."""
     if text.lstrip().startswith("["):
@@ -527,12 +563,17 @@ def read_json(text):
     return rows
 
 
-def read_file(path, suffix):
+def read_file(path):
     """The rows of a file: dicts that hold the values as they stand there.
 
     Not by datasets: it makes a date of "2021-03-04" and 7 of 007, takes [ and * in a name for
     wildcards, and may answer from its cache after the file has changed.
     """
+    suffix = suffix_of(path)
+    if suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{path} ends in none of {' '.join(FILE_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
     if suffix == ".parquet":
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
     opener = gzip.open if path.name.lower().endswith(".gz") else open
@@ -547,18 +588,13 @@ def read_file(path, suffix):
 
 
 def read_dataset(name):
-    """The rows, dicts, of a file, or of the training split of a dataset on the hub."""
+    """The rows, dicts, of a file, or of the training split of a folder or a dataset of the hub."""
     path = Path(name)
-    suffix = Path(name.lower().removesuffix(".gz")).suffix  # .jsonl of prompts.jsonl.gz
-    if suffix in FILE_SUFFIXES and not path.exists():
+    if path.is_file():
+        return read_file(path)
+    if suffix_of(path) in FILE_SUFFIXES and not path.exists():
         raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
-    if not path.is_file():
-        return list(datasets.load_dataset(name, split="train"))
-    if suffix not in FILE_SUFFIXES:
-        raise ValueError(f"{name} ends in none of {' '.join(FILE_SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name} is empty")
-    return read_file(path, suffix)
+    return list(datasets.load_dataset(name, split="train"))
 
 
 def shortened(value):
@@ -582,12 +618,12 @@ def check_prompts(prompts):
     """Raise ValueError unless all prompts are texts, or all are chats of {role, content}."""
     are_chats = isinstance(prompts[0], list)
     for number, prompt in enumerate(prompts, 1):
-        if are_chats and not isinstance(prompt, list):
-            raise ValueError(f"row 1 is a chat, but row {number} is not: {shortened(prompt)}")
-        if not are_chats and not isinstance(prompt, str):
-            raise ValueError(f"row {number} is not a text: {shortened(prompt)}")
         if are_chats:
+            if not isinstance(prompt, list):
+                raise ValueError(f"row 1 is a chat, but row {number} is not: {shortened(prompt)}")
             check_chat(number, prompt)
+        elif not isinstance(prompt, str):
+            raise ValueError(f"row {number} is not a text: {shortened(prompt)}")
 
 
 def render(tokenizer, chat, **options):
@@ -603,11 +639,11 @@ def check_end_of_turn(tokenizer):
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = render(tokenizer, turns)
-    end = text.split(content)[-1]
-    if not end.strip().startswith(tokenizer.eos_token):
+    after_content = text.split(content)[-1]
+    if not after_content.strip().startswith(tokenizer.eos_token):
         raise ValueError(
-            f"the template ends a turn with {end!r}, and not with EOS {tokenizer.eos_token!r}: "
-            "name the token that ends a turn by --eos-token"
+            f"the template ends a turn with {after_content!r}, and not with EOS "
+            f"{tokenizer.eos_token!r}: name the token that ends a turn by --eos-token"
         )
 
 
@@ -647,9 +683,11 @@ def check_rows(rows):
 
 def fill_columns(rows):
     """The rows, all with the same columns: None where a row lacks one."""
-    columns = {}  # its keys are the columns of all rows, in order of appearance
+    columns = []  # of all rows, in order of appearance
     for row in rows:
-        columns.update(row)
+        for name in row:
+            if name not in columns:
+                columns.append(name)
     return [{name: row.get(name) for name in columns} for row in rows]
 
 
@@ -658,6 +696,9 @@ def read_prompts(args, tokenizer):
     rows = read_dataset(args.prompts)
     check_rows(rows)
     rows = fill_columns(rows)
+    for name in "prompts", "completions":  # a reward is given others by these names
+        if name in rows[0] and name != args.prompt_column:
+            raise ValueError(f"the column {name} has the name of an argument of rewards: rename it")
     if args.prompt_column not in rows[0]:
         columns = ", ".join(str(name) for name in rows[0])
         raise ValueError(f"there is no column {args.prompt_column}, only {columns}")
@@ -673,7 +714,7 @@ def make_row(args, tokenizer, values, ids):
 
     values: the row of the dataset, column -> value. ids: the token ids of its prompt.
     Returns prompt_ids, the tokens that the policy sees; prompt_text, the same as text; is_cut,
-    whether the text was longer; for_reward, the values with what became of the prompt.
+    whether the text was longer; for_reward, the values, with the prompt as the policy sees it.
     """
     prompt = values[args.prompt_column]
     is_chat = isinstance(prompt, list)
@@ -681,6 +722,9 @@ def make_row(args, tokenizer, values, ids):
     if is_chat and is_cut:
         return None  # a text can be cut anywhere, a chat cannot
     ids = ids[: args.max_prompt_tokens]
+    # The cut may go through a letter of several tokens, which then reads as U+FFFD.
+    while is_cut and tokenizer.decode(ids).endswith("\ufffd"):
+        ids = ids[:-1]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not text.strip():
         return None
@@ -831,15 +875,17 @@ def decode_responses(tokenizer, rows, responses):
 
 def reward_arguments(tokenizer, rows, responses):
     """prompts, completions and every other column of the dataset: lists of one entry a row."""
-    arguments = {}
-    for name in rows[0]["for_reward"]:
+
+    def column(name):
         # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
-        arguments[name] = [copy.deepcopy(row["for_reward"][name]) for row in rows]
-    prompts = arguments.pop("prompt")
+        return [copy.deepcopy(row["for_reward"][name]) for row in rows]
+
+    prompts = column("prompt")
     completions = decode_responses(tokenizer, rows, responses)
     if isinstance(prompts[0], list):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    return arguments | {"prompts": prompts, "completions": completions}
+    others = {name: column(name) for name in rows[0]["for_reward"] if name != "prompt"}
+    return others | {"prompts": prompts, "completions": completions}
 
 
 def as_rewards(values, N, device):
@@ -878,9 +924,6 @@ def choose_device(name):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("torch finds no CUDA GPU here")
-        # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
-        # (pytorch#196678). The other kernels do not.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         if dist.is_initialized():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)  # nccl uses the current one
@@ -892,14 +935,17 @@ def choose_device(name):
 
 def choose_dtype(precision, device):
     """What to compute in. auto: on a GPU bfloat16 if it has it, else float16; float32 elsewhere."""
+    if precision == "fp32":
+        return torch.float32
     if precision == "bf16":
         return torch.bfloat16
     if precision == "fp16":
         return torch.float16
-    if precision == "fp32" or device.type != "cuda":
+    if device.type != "cuda":
         return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
 
 
 def load_model(auto_class, name, **options):
@@ -1025,14 +1071,19 @@ MAY_CHANGE = (
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
+def sha256_of(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def flags_to_compare(args):
-    """The flags as texts, for --resume to compare: name -> text. Files count by their content."""
+    """The flags as texts, for --resume to compare: name -> text."""
     flags = {name: as_text(value) for name, value in vars(args).items()}
+    # Files count by their content: they may have been edited since, or moved.
+    if Path(args.prompts).is_file():
+        flags["prompts"] = f"{Path(args.prompts).name} with the sha256 {sha256_of(args.prompts)}"
     reward_file, _ = split_function(args.reward)
-    for name, file in (("prompts", args.prompts), ("reward", reward_file)):
-        if Path(file).is_file():  # it may have been edited since, or moved
-            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-            flags[name] = f"{Path(getattr(args, name)).name} with the sha256 {digest}"
+    if Path(reward_file).is_file():
+        flags["reward"] = f"{Path(args.reward).name} with the sha256 {sha256_of(reward_file)}"
     return flags
 
 
@@ -1064,11 +1115,11 @@ def read_checkpoint(args, flags, path):
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for name, old in checkpoint["args"].items():
-        if flags[name] == old or name in MAY_CHANGE:
+        if flags.get(name) == old or name in MAY_CHANGE:
             continue
         if name == "steps" and args.steps > int(old):
             continue  # a longer run
-        raise ValueError(f"{as_flag(name)} is {flags[name]}, but the run was made with {old}")
+        raise ValueError(f"{as_flag(name)} is {flags.get(name)}, but the run was made with {old}")
     return checkpoint
 
 
@@ -1145,7 +1196,7 @@ class StopRequest:
             os.dup2(nowhere, 2)  # standard error
 
     def hold_signals(self):
-        """Until the fork is done: a child would lose what comes before it has its handlers."""
+        """Before a fork: a signal waits until both processes have their handlers."""
         signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
 
     def release_signals(self):
@@ -1154,10 +1205,10 @@ class StopRequest:
     def set_handlers_of_child(self):
         """A forked child ends on SIGTERM, as terminate() expects. It ignores the other signals,
         because the parent still needs it to finish the step."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number in self.numbers:
-            # Not SIGTERM, not even for an instant: one that is waiting would be thrown away.
-            if number != signal.SIGTERM:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+            else:
                 signal.signal(number, signal.SIG_IGN)
         self.release_signals()
 
@@ -1189,6 +1240,28 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.flags = flags_to_compare(args)  # read now: the files may be edited during the run
+        self.steps_done = 0
+        self.steps_in_a_row = collections.Counter()  # warning -> the steps that gave cause for it
+        self.choose_machine()
+        self.flags["precision"] = str(self.dtype)  # auto means another one on another device
+        with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
+            check_policy(args)
+            self.tokenizer = load_policy_tokenizer(args)
+        with exit_on_bad_input(args, "output_dir"):
+            checkpoint = self.open_folder()
+        self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
+        self.reward = load_reward(args, self.dtype, self.device)
+        self.say_how_chats_are_scored()
+        self.load_models()
+        if checkpoint is not None:
+            with exit_on_bad_input(args, "output_dir", "model"):
+                self.restore(checkpoint)
+        self.announce()
+        use_one_thread_if_small(self.policy)
+
+    def choose_machine(self):
+        """The device, the dtype, and this process's place among those of torchrun."""
+        args = self.args
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.processes != 0:
@@ -1196,22 +1269,24 @@ class Run:
             fail(reason, args, "batch_size")
         with exit_on_bad_input(args, "device"):
             self.device = choose_device(args.device)
+        # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
+        # (pytorch#196678). The other kernels do not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = choose_dtype(args.precision, self.device)
-        with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
-            check_policy(args)
-            self.tokenizer = load_policy_tokenizer(args)
-        self.folder = Path(args.output_dir).resolve()
-        checkpoint = None
-        with exit_on_bad_input(args, "output_dir"):
-            if self.rank == 0:
-                self.metrics = open_metrics(self.folder)  # locked before the checkpoint is read
-            if args.resume:
-                checkpoint = self.read_old_run()
-            else:
-                self.begin_new_run()
-        self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
-        self.reward = load_reward(args, self.dtype, self.device)
-        self.say_how_chats_are_scored()
+
+    def open_folder(self):
+        """Lock the folder. Return the checkpoint to go on from, None for a new run."""
+        self.folder = Path(self.args.output_dir).resolve()
+        if self.rank == 0:  # the others write nothing
+            self.metrics = open_metrics(self.folder)
+        if self.args.resume:
+            return self.continue_old_run()
+        self.begin_new_run()
+        return None
+
+    def load_models(self):
+        """Policy, reference, optimizer and scaler, on their devices and checked."""
+        args = self.args
         with exit_on_bad_input(args, "model", "gradient_checkpointing"):
             self.policy = load_policy(args)
             self.reference = load_reference(args, self.dtype)
@@ -1221,20 +1296,13 @@ class Run:
         self.check_cache()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
-        self.steps_done = 0
-        self.steps_in_a_row = collections.Counter()  # warning -> the steps that gave cause for it
-        if checkpoint is not None:
-            with exit_on_bad_input(args, "output_dir", "model"):
-                self.restore(checkpoint)
-        self.announce()
-        use_one_thread_if_small(self.policy)
 
     def begin_new_run(self):
         if self.rank == 0:
             refuse_old_run(self.args, self.folder, self.metrics)
             (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
 
-    def read_old_run(self):
+    def continue_old_run(self):
         """Return the checkpoint to go on from, and drop the rows of the steps after it."""
         checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
         if self.rank == 0:
@@ -1314,9 +1382,6 @@ class Run:
         with exit_on_bad_input(self.args, "output_dir"):
             self.metrics.write(json.dumps(row) + "\n")
 
-    def score(self, rows, responses):
-        return score_responses(self.args, self.reward, self.tokenizer, rows, responses)
-
     def kl_to_reference(self, prompt, attention_mask, response):
         """KL of each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
@@ -1337,7 +1402,9 @@ class Run:
             tokenizer.eos_token_id,
             tokenizer.pad_token_id,
         )  # (B,T) each
-        rewards = self.score(rows + rows, torch.cat([response, greedy_response])).tolist()
+        responses = torch.cat([response, greedy_response])  # (2B,T)
+        rewards = score_responses(self.args, self.reward, tokenizer, rows + rows, responses)
+        rewards = rewards.tolist()
         texts = decode_responses(tokenizer, rows, response)
         greedy_texts = decode_responses(tokenizer, rows, greedy_response)
         kl = [None] * B
@@ -1370,8 +1437,9 @@ class Run:
         figures = {}
         for name in "eval_reward", "eval_greedy_reward", "eval_kl":
             values = [result[name] for result in results]
-            figures[name] = None
-            if None not in values:
+            if None in values:  # the KL, without a reference
+                figures[name] = None
+            else:
                 figures[name] = sum(values) / len(values)
         samples = []
         for row, result in zip(rows[:3], results[:3], strict=True):
@@ -1401,7 +1469,7 @@ class Run:
 
         All noise of a step comes from --seed and the step. So a resumed run draws the same.
         """
-        seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)
+        seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)  # a hash of the two
         transformers.set_seed(seed)  # of random, numpy and torch: a reward may use any of them
         batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all processes
         torch.manual_seed(seed + self.rank)  # but each process draws responses of its own
@@ -1413,11 +1481,11 @@ class Run:
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         is_greedy = args.baseline == "greedy"
-        # The prompts of the sampled responses and, behind them, of the greedy ones.
+        # Their prompts: of the sampled responses and, behind them, of the greedy ones.
         scored_rows = rows + rows if is_greedy else rows
 
         def score(responses):
-            return self.score(scored_rows, responses)
+            return score_responses(args, self.reward, self.tokenizer, scored_rows, responses)
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -1447,7 +1515,7 @@ class Run:
     def check_sampler(self, figures):
         """Refuse a model whose decoding with a cache is not what its full forward computes."""
         difference = figures["sampling_logp_difference"]
-        if difference > LARGEST_DIFFERENCE[self.dtype]:
+        if math.isnan(difference) or difference > LARGEST_DIFFERENCE[self.dtype]:
             reason = (
                 f"sampling_logp_difference is {difference:.2g} nats a token: this model's cached "
                 "decoding is not what its full forward computes"
@@ -1485,7 +1553,7 @@ class Run:
         if self.steps_in_a_row[warning] == 20:
             tqdm.write(f"warning: {warning}")
 
-    def warn_if_nothing_is_learned(self, figures):
+    def warn_of_trouble(self, figures):
         self.warn(
             "20 steps of zero_advantage 1: are all responses or rewards alike?",
             figures["zero_advantage"] == 1,
@@ -1498,7 +1566,7 @@ class Run:
 
     def show(self, bar, step, figures):
         """Write the step's figures in front of the bar or, where there is none, as a line."""
-        if bar.disable:
+        if bar.disable:  # standard output is not a terminal
             print(f"step {step}: {in_words(figures)}", flush=True)
         else:
             bar.set_description_str(in_words(figures), refresh=False)
@@ -1522,7 +1590,7 @@ class Run:
             if step == first_step:
                 self.check_sampler(figures)
             self.show(bar, step, figures)
-            self.warn_if_nothing_is_learned(figures)
+            self.warn_of_trouble(figures)
             if figures["skipped"]:
                 steps_skipped += 1
             else:
@@ -1575,7 +1643,8 @@ def print_summary(path):
 # The flags and main.
 # =================================================================================================
 
-# Without --model these replace the defaults below, which follow the paper's GPT-2 runs (App. F.4).
+# Without --model these replace the defaults below, which follow the paper: lengths as in its GPT-2
+# runs (App. F.4), learning rate and beta as in its larger ones.
 TINY_WORLD = {
     "model": f"{HERE}/data/tiny/policy",
     "reward": f"{HERE}/data/tiny/reward",
@@ -1614,14 +1683,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def tiny_world_defaults():
-    """TINY_WORLD as a person would type it."""
-    flags = []
-    for name, value in TINY_WORLD.items():
-        if value is False:
-            flags.append(f"  {as_flag(f'no_{name}')}")
-        else:
-            flags.append(f"  {as_flag(name)} {as_text(value)}")
-    return "\n".join(flags)
+    """TINY_WORLD, one flag a line."""
+    return "\n".join(f"  {as_typed(name, value)}" for name, value in TINY_WORLD.items())
 
 
 def make_parser():
@@ -1698,24 +1761,29 @@ def make_parser():
     return parser
 
 
+def absolute(value):
+    """The whole path of what is a file, a folder or FILE.py:FUNCTION; a hub's name as it is."""
+    file, _ = split_function(value)
+    if Path(file).exists():
+        return os.path.abspath(value)
+    return value
+
+
 def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.model is None:
         parser.set_defaults(**TINY_WORLD)
-        args = parser.parse_args(argv)  # again, with these defaults
+        args = parser.parse_args(argv)  # again: what was typed goes before these defaults
         run_name = "tiny-policy"
     else:
         run_name = Path(args.model).name
     if args.output_dir is None:
         args.output_dir = f"runs/{run_name}-{args.seed}"
-    # Paths are resolved once: a reward function may change the working directory.
-    reward_file, _ = split_function(args.reward)
-    paths = {"model": args.model, "prompts": args.prompts, "reward": reward_file}
-    for name, path in paths.items():
-        if Path(path).exists():
-            value = getattr(args, name)  # the path, or FILE.py:FUNCTION
-            setattr(args, name, os.path.abspath(value))
+    # Once and for all: a reward function may change the working directory.
+    args.model = absolute(args.model)
+    args.prompts = absolute(args.prompts)
+    args.reward = absolute(args.reward)
     return args
 
 

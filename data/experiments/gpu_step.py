@@ -256,7 +256,8 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_step.py: torch finds no CUDA GPU here")
-    device = remax.choose_device("cuda")
+    device = torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as remax.Run does
     torch.manual_seed(0)
     with device:
         policy = AutoModelForCausalLM.from_config(GPT2_LARGE, dtype=torch.float32)

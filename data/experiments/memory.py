@@ -41,7 +41,8 @@ from transformers import (
 import remax
 
 CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = remax.choose_device("cuda" if CUDA else "cpu"), torch.bfloat16
+DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16
+torch.backends.cuda.enable_cudnn_sdp(False)  # as remax.Run does
 MODELS = {  # config, prompts, prompt tokens, new tokens; one label: the critic's value
     "gpt2-large": (
         GPT2Config(
@@ -278,9 +279,10 @@ def step_peaks(model, flags):
 
 def full_length(prompt, attention_mask, response, mask, size):
     """remax.micro_batches, which cuts each part to its longest row, and so asks for data."""
-    for rows in torch.arange(len(prompt)).split(size):
-        part = prompt[rows], attention_mask[rows], response[rows], mask[rows]
-        yield rows, response.size(1), part
+    return [
+        remax.Part(rows, prompt[rows], attention_mask[rows], response[rows], mask[rows])
+        for rows in torch.arange(len(prompt)).split(size)
+    ]
 
 
 def main():
