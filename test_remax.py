@@ -381,12 +381,22 @@ def checkpointing(model):
     return model
 
 
-def shell(*args, **env):
-    """remax.py as a person runs it: the finished process."""
-    command = [sys.executable, remax.__file__, *map(str, args)]
-    return subprocess.run(
-        command, cwd=ROOT, text=True, capture_output=True, env=os.environ | env, timeout=300
+def start_shell(*args, **env):
+    """remax.py as a person runs it: the process."""
+    return subprocess.Popen(
+        [sys.executable, remax.__file__, *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | env,
     )
+
+
+def finished(process):
+    """The process, ended, with what it said."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 # To import everything takes a process some seconds. Those of the tests are forked from one that
@@ -1451,18 +1461,30 @@ def put_into_hub_cache(cache, name, folder):
     (repository / "snapshots" / revision).symlink_to(folder, target_is_directory=True)
 
 
-def test_gpt2_large_by_name_from_a_local_hub_cache(tmp_path):
+@pytest.fixture(scope="module")
+def fresh_runs(tmp_path_factory):
+    """The folders and the ended processes of two runs that a person could start, side by side."""
+    folder = tmp_path_factory.mktemp("fresh")
+    hub, tiny, large = folder / "hub", folder / "tiny", folder / "large"
+    put_into_hub_cache(hub, "gpt2-large", TINY / "policy")
+    put_into_hub_cache(hub, "lvwerra/distilbert-imdb", TINY / "reward")
+    flags = ["--model", "gpt2-large", "--steps", 1, "--output-dir", large]
+    processes = [
+        start_shell("--steps", 2, "--eval-every", 2, "--output-dir", tiny),
+        start_shell(*flags, HF_HUB_CACHE=str(hub)),
+    ]
+    return (tiny, large), [finished(process) for process in processes]
+
+
+def test_gpt2_large_by_name_from_a_local_hub_cache(fresh_runs):
     """The command the project exists for; a small stand-in answers to the name."""
-    put_into_hub_cache(tmp_path / "hub", "gpt2-large", TINY / "policy")
-    put_into_hub_cache(tmp_path / "hub", "lvwerra/distilbert-imdb", TINY / "reward")
-    flags = ["--model", "gpt2-large", "--steps", "1", "--output-dir", tmp_path / "out"]
-    done = shell(*flags, HF_HUB_CACHE=str(tmp_path / "hub"))
+    (_, folder), (_, done) = fresh_runs
     assert done.returncode == 0, done.stderr
-    args = json.loads((tmp_path / "out/args.json").read_text())
+    args = json.loads((folder / "args.json").read_text())
     assert args["reward"] == "lvwerra/distilbert-imdb"
     assert args["max_new_tokens"] == 48
     assert args["lr"] == 1e-6
-    assert [row["step"] for row in read_metrics(tmp_path / "out")] == [0, 1, 1]
+    assert [row["step"] for row in read_metrics(folder)] == [0, 1, 1]
 
 
 def test_reward_function_from_a_file_without_kl(tmp_path):
@@ -1494,8 +1516,8 @@ def test_help_names_every_flag_its_default_and_the_tiny_world(columns, monkeypat
     assert all(len(line) <= int(columns) for line in said.splitlines() if str(ROOT) not in line)
 
 
-def test_the_console_of_a_run_redirected_to_a_file(tmp_path):
-    done = shell("--steps", 2, "--eval-every", 2, "--output-dir", tmp_path / "out")
+def test_the_console_of_a_run_redirected_to_a_file(fresh_runs):
+    (folder, _), (done, _) = fresh_runs
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0] == "640 prompts: 512 to train on, 128 held out"
@@ -1505,7 +1527,7 @@ def test_the_console_of_a_run_redirected_to_a_file(tmp_path):
     samples = lines[3:12]
     assert [line.split()[0] for line in samples] == [">", "sampled", "greedy"] * 3
     assert re.fullmatch(r"step 1: reward 0\.\d{3}, greedy 0\.\d{3}, KL 0", lines[12])
-    assert lines[-1] == f"the trained model is in {tmp_path}/out/model"
+    assert lines[-1] == f"the trained model is in {folder}/model"
     assert "eval_reward " in done.stdout
     assert "rollout_seconds " in done.stdout
     assert "\r" not in done.stdout
@@ -1535,7 +1557,7 @@ def test_a_model_whose_cache_is_wrong_stops_at_the_first_step(tmp_path, monkeypa
 
 def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tmp_path):
     """kill -9 at random moments, loading and saving included; no row is lost or doubled."""
-    go(small, tmp_path / "whole", "--steps", 50)
+    whole = Child(*small, "--steps", 50, "--output-dir", tmp_path / "whole")
     folder, chance = tmp_path / "killed", random.Random(0)
     flags = [*small, "--steps", 50, "--output-dir", folder]
     metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint.pt"
@@ -1558,6 +1580,7 @@ def test_killed_twelve_times_a_run_is_the_uninterrupted_one_to_the_bit(small, tm
         assert child.wait().returncode == -signal.SIGKILL, child.stderr
     last = Child(*flags, "--resume").wait()
     assert last.returncode == 0, last.stderr
+    assert whole.wait().returncode == 0
     same_run(tmp_path / "whole", folder)
 
 
@@ -1930,7 +1953,7 @@ def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys
 
 
 def test_a_mistake_as_the_shell_sees_it(tmp_path):
-    done = shell("--model", "nosuch", "--output-dir", tmp_path)
+    done = finished(start_shell("--model", "nosuch", "--output-dir", tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 2, done.stderr
