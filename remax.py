@@ -12,8 +12,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
   6. Update: clip the gradient norm, take one optimizer step, and throw the
      rollout away.
 
-The baseline is there to lower the variance. It does so where r - b is smaller
-than r, and it leaves the mean of the gradient as it is.
+The baseline is there to lower the variance. It does so where r - b is, on the
+whole, nearer to 0 than r. It leaves the mean of the gradient as it is.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
@@ -110,9 +110,11 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         attention_mask = attention_mask.repeat(2, 1)  # (N,P)
 
     def tokens_in(cache):
+        if cache is None:
+            return 0
         try:
             return cache.get_seq_length()
-        except (AttributeError, ValueError):  # no cache, or one that counts no tokens, as Mamba's
+        except (AttributeError, ValueError):  # it counts no tokens, as Mamba's
             return 0
 
     cache = None
@@ -143,7 +145,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
             new_tokens = torch.cat([sampled, best])  # (N,1)
 
-        # A row that is done goes on with padding until all are. Nobody reads what it computes.
+        # A row that is done goes on with padding until all are done. Its results are not used.
         new_tokens = new_tokens.masked_fill(done, pad_id)  # (N,1)
         tokens.append(new_tokens)
         done = done | (new_tokens == eos_id)
@@ -183,8 +185,9 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
         use_cache=False,
         logits_to_keep=T + 1,
     ).logits
-    logits = logits[:, -(T + 1) :]  # (B,T+1,V): again, as some models ignore logits_to_keep
-    logits = logits[:, :-1]  # (B,T,V): each column predicts the token after it
+    # Cut again: some models ignore logits_to_keep. Each column predicts the token after it, so the
+    # last one predicts nothing that we need.
+    logits = logits[:, -(T + 1) : -1]  # (B,T,V)
 
     def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
@@ -475,7 +478,7 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is True:
+    if value is True or value is None:
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")
@@ -527,8 +530,10 @@ def load_policy_tokenizer(args):
     """The policy's tokenizer, with an EOS and a padding token."""
     tokenizer = load_tokenizer(args.model)
     if args.eos_token is not None:
-        if len(tokenizer.encode(args.eos_token, add_special_tokens=False)) != 1:
-            raise ValueError(f"{args.eos_token} is not one token of the policy's tokenizer")
+        ids = tokenizer.encode(args.eos_token, add_special_tokens=False)
+        # The lookup of eos_token_id knows the vocabulary's spelling alone: not "\n" in GPT-2's.
+        if ids != [tokenizer.convert_tokens_to_ids(args.eos_token)]:
+            raise ValueError(f"{args.eos_token!r} is not one token of the policy's tokenizer")
         tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
         raise ValueError(
@@ -691,17 +696,22 @@ def fill_columns(rows):
     return [{name: row.get(name) for name in columns} for row in rows]
 
 
+def check_columns(columns, prompt_column):
+    """Raise ValueError for columns that cannot be passed to reward(prompts=, completions=, ...)."""
+    if prompt_column not in columns:
+        names = ", ".join(str(name) for name in columns)
+        raise ValueError(f"there is no column {prompt_column}, only {names}")
+    for name in columns:
+        if name in ("prompts", "completions") and name != prompt_column:
+            raise ValueError(f"rename the column {name}: rewards get something else by this name")
+
+
 def read_prompts(args, tokenizer):
     """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
     rows = read_dataset(args.prompts)
     check_rows(rows)
     rows = fill_columns(rows)
-    for name in "prompts", "completions":  # a reward is given others by these names
-        if name in rows[0] and name != args.prompt_column:
-            raise ValueError(f"the column {name} has the name of an argument of rewards: rename it")
-    if args.prompt_column not in rows[0]:
-        columns = ", ".join(str(name) for name in rows[0])
-        raise ValueError(f"there is no column {args.prompt_column}, only {columns}")
+    check_columns(rows[0], args.prompt_column)
     prompts = [row[args.prompt_column] for row in rows]
     check_prompts(prompts)
     if isinstance(prompts[0], list):
@@ -709,31 +719,47 @@ def read_prompts(args, tokenizer):
     return rows, encode_texts(tokenizer, prompts)
 
 
-def make_row(args, tokenizer, values, ids):
-    """What is kept of a prompt, a dict; None if it is empty, or a chat that is too long.
+class PromptRow(NamedTuple):
+    """A row of --prompts, ready for use."""
 
-    values: the row of the dataset, column -> value. ids: the token ids of its prompt.
-    Returns prompt_ids, the tokens that the policy sees; prompt_text, the same as text; is_cut,
-    whether the text was longer; for_reward, the values, with the prompt as the policy sees it.
+    prompt_ids: list  # the tokens that the policy sees
+    prompt_text: str  # the same as text
+    is_cut: bool  # was the text longer?
+    prompt: str | list  # what a reward gets: the text or, whole, the chat
+    columns: dict  # what else a reward gets: the other columns
+
+
+def cut_ids(tokenizer, ids, length):
+    """The first tokens, but no part of a letter: some letters are several tokens."""
+    ids = ids[:length]
+    while tokenizer.decode(ids).endswith("\ufffd"):
+        ids = ids[:-1]
+    return ids
+
+
+def make_row(args, tokenizer, values, ids):
+    """A PromptRow, or None for a prompt that is empty, or a chat that is too long.
+
+    values: a row of the dataset, column -> value. ids: the token ids of its prompt.
     """
     prompt = values[args.prompt_column]
     is_chat = isinstance(prompt, list)
-    is_cut = len(ids) > args.max_prompt_tokens
-    if is_chat and is_cut:
-        return None  # a text can be cut anywhere, a chat cannot
-    ids = ids[: args.max_prompt_tokens]
-    # The cut may go through a letter of several tokens, which then reads as U+FFFD.
-    while is_cut and tokenizer.decode(ids).endswith("\ufffd"):
-        ids = ids[:-1]
+    is_too_long = len(ids) > args.max_prompt_tokens
+    if is_chat and is_too_long:
+        return None  # a text can be cut, a chat cannot
+    if is_too_long:
+        ids = cut_ids(tokenizer, ids, args.max_prompt_tokens)
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not text.strip():
         return None
-    for_reward = values | {"prompt": prompt if is_chat else text}
-    return {"prompt_ids": ids, "prompt_text": text, "is_cut": is_cut, "for_reward": for_reward}
+    if not is_chat:
+        prompt = text
+    columns = {name: value for name, value in values.items() if name != args.prompt_column}
+    return PromptRow(ids, text, is_too_long, prompt, columns)
 
 
 def load_prompts(args, tokenizer):
-    """Return (training rows, held-out rows), as make_row makes them."""
+    """Return (training rows, held-out rows), both lists of PromptRows."""
     with exit_on_bad_input(args, "prompts", "prompt_column", "eos_token"):
         dataset, encoded = read_prompts(args, tokenizer)
     rows = []
@@ -743,10 +769,10 @@ def load_prompts(args, tokenizer):
             rows.append(row)
 
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
-    held_out = min(128, math.ceil(len(rows) / 5))  # a fifth; 128 are enough for a steady mean
+    held_out = min(128, math.ceil(len(rows) / 5))  # how many: a fifth; 128 give a steady mean
     for_training = len(rows) - held_out
     message = f"{len(rows)} prompts: {for_training} to train on, {held_out} held out"
-    cut = sum(row["is_cut"] for row in rows)
+    cut = sum(row.is_cut for row in rows)
     if cut > 0:
         message += f", {cut} cut to {args.max_prompt_tokens} tokens"
     if len(rows) < len(dataset):
@@ -760,7 +786,7 @@ def load_prompts(args, tokenizer):
 
 def collate(tokenizer, rows, device):
     """prompt, attention_mask (B,P), padded on the left, so that all responses start in column P."""
-    inputs = {"input_ids": [row["prompt_ids"] for row in rows]}
+    inputs = {"input_ids": [row.prompt_ids for row in rows]}
     batch = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(device)
     return batch["input_ids"], batch["attention_mask"]
 
@@ -820,30 +846,24 @@ class RewardModel:
         self.max_length = min(tokenizer.model_max_length, positions)
         self.device = device  # of the inputs; the weights may come and go, see offload()
 
-    def texts(self, prompts, completions):
-        """Return (texts, have_special_tokens): one text a row, and whether a template wrote the
-        special tokens already."""
-        whole = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            whole.append(prompt + completion)  # two texts, or two lists of messages
-        if isinstance(whole[0], str):
-            return whole, False
-        if self.tokenizer.chat_template is not None:
-            return self.tokenizer.apply_chat_template(whole, tokenize=False), True
-        texts = []
-        for chat in whole:
-            contents = [message["content"] for message in chat]
-            texts.append("\n".join(contents))
-        return texts, False
-
     def __call__(self, prompts, completions, **columns):
-        texts, have_special_tokens = self.texts(prompts, completions)
+        wholes = []  # texts, or chats as lists of messages
+        for prompt, completion in zip(prompts, completions, strict=True):
+            wholes.append(prompt + completion)
+        is_chat = isinstance(wholes[0], list)
+        has_template = self.tokenizer.chat_template is not None
+        if is_chat and has_template:
+            texts = self.tokenizer.apply_chat_template(wholes, tokenize=False)
+        elif is_chat:
+            texts = ["\n".join(message["content"] for message in chat) for chat in wholes]
+        else:
+            texts = wholes
         batch = self.tokenizer(
             texts,
             padding=True,
             truncation=True,
             max_length=self.max_length,
-            add_special_tokens=not have_special_tokens,
+            add_special_tokens=not (is_chat and has_template),  # a template writes them itself
             return_tensors="pt",
         ).to(self.device)
         logits = self.model(**batch).logits.float()  # (N,labels)
@@ -868,24 +888,24 @@ def decode_responses(tokenizer, rows, responses):
     texts = []
     for row, ids in zip(rows, responses.tolist(), strict=True):
         # With its prompt: on its own, a response loses its first space in Llama's tokenizer.
-        text = tokenizer.decode(row["prompt_ids"] + ids, skip_special_tokens=True)
-        texts.append(text[len(row["prompt_text"]) :])
+        text = tokenizer.decode(row.prompt_ids + ids, skip_special_tokens=True)
+        texts.append(text[len(row.prompt_text) :])
     return texts
 
 
 def reward_arguments(tokenizer, rows, responses):
     """prompts, completions and every other column of the dataset: lists of one entry a row."""
-
-    def column(name):
-        # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
-        return [copy.deepcopy(row["for_reward"][name]) for row in rows]
-
-    prompts = column("prompt")
     completions = decode_responses(tokenizer, rows, responses)
-    if isinstance(prompts[0], list):
+    if isinstance(rows[0].prompt, list):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    others = {name: column(name) for name in rows[0]["for_reward"] if name != "prompt"}
-    return others | {"prompts": prompts, "completions": completions}
+    # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
+    arguments = {
+        "prompts": [copy.deepcopy(row.prompt) for row in rows],
+        "completions": completions,
+    }
+    for name in rows[0].columns:
+        arguments[name] = [copy.deepcopy(row.columns[name]) for row in rows]
+    return arguments
 
 
 def as_rewards(values, N, device):
@@ -1173,8 +1193,14 @@ class StopRequest:
         self.numbers = stop_signals()
         for number in self.numbers:
             signal.signal(number, self.receive)
-        # A reward function may fork, and terminate() must end its child, which would otherwise
-        # remember the signal as the run does.
+        self.register_fork_handlers()
+
+    def register_fork_handlers(self):
+        """Give the children that a reward function forks handlers of their own.
+
+        A child inherits receive(). Process.terminate() sends it SIGTERM, and receive() would only
+        make a note of that: the child would not end.
+        """
         if hasattr(os, "register_at_fork"):  # Windows has no fork
             os.register_at_fork(
                 before=self.hold_signals,
@@ -1247,8 +1273,14 @@ class Run:
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
+        checkpoint = None
         with exit_on_bad_input(args, "output_dir"):
-            checkpoint = self.open_folder()
+            self.open_folder()
+            if args.resume:
+                checkpoint = self.continue_old_run()
+            elif self.rank == 0:
+                refuse_old_run(args, self.folder, self.metrics)
+            self.write_args()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype, self.device)
         self.say_how_chats_are_scored()
@@ -1275,14 +1307,23 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
     def open_folder(self):
-        """Lock the folder. Return the checkpoint to go on from, None for a new run."""
+        """Lock the folder. The first process of torchrun alone writes into it."""
         self.folder = Path(self.args.output_dir).resolve()
-        if self.rank == 0:  # the others write nothing
+        if self.rank == 0:
             self.metrics = open_metrics(self.folder)
-        if self.args.resume:
-            return self.continue_old_run()
-        self.begin_new_run()
-        return None
+
+    def continue_old_run(self):
+        """Return the checkpoint to go on from, and drop the rows of the steps after it."""
+        checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
+        if self.rank == 0:
+            # min(): truncate() would lengthen a file that was deleted or cut by hand.
+            size = min(checkpoint["metrics_bytes"], self.metrics.tell())
+            self.metrics.truncate(size)
+        return checkpoint
+
+    def write_args(self):
+        if self.rank == 0:
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
 
     def load_models(self):
         """Policy, reference, optimizer and scaler, on their devices and checked."""
@@ -1297,22 +1338,8 @@ class Run:
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
 
-    def begin_new_run(self):
-        if self.rank == 0:
-            refuse_old_run(self.args, self.folder, self.metrics)
-            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
-
-    def continue_old_run(self):
-        """Return the checkpoint to go on from, and drop the rows of the steps after it."""
-        checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        if self.rank == 0:
-            # min(): truncate() would lengthen a file that was deleted or cut by hand.
-            size = min(checkpoint["metrics_bytes"], self.metrics.tell())
-            self.metrics.truncate(size)
-        return checkpoint
-
     def say_how_chats_are_scored(self):
-        is_chat = isinstance(self.training_rows[0]["for_reward"]["prompt"], list)
+        is_chat = isinstance(self.training_rows[0].prompt, list)
         is_model = isinstance(self.reward, RewardModel)
         if is_chat and is_model and self.reward.tokenizer.chat_template is None:
             print("the reward model has no chat template: it reads the contents, line by line")
@@ -1322,7 +1349,7 @@ class Run:
         embeddings = self.policy.get_input_embeddings().num_embeddings
         largest = max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         for row in self.training_rows + self.held_out_rows:
-            largest = max(largest, max(row["prompt_ids"]))
+            largest = max(largest, max(row.prompt_ids))
         if largest >= embeddings:
             raise ValueError(
                 f"it has {embeddings} embeddings, but its tokenizer has a token {largest}"
@@ -1383,7 +1410,7 @@ class Run:
             self.metrics.write(json.dumps(row) + "\n")
 
     def kl_to_reference(self, prompt, attention_mask, response):
-        """KL of each response in nats, (B,)."""
+        """The estimate of the KL from each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
         inputs = prompt, attention_mask, response, mask
         logprobs = token_logprobs(self.policy, *inputs)  # (B,T)
@@ -1444,7 +1471,7 @@ class Run:
         samples = []
         for row, result in zip(rows[:3], results[:3], strict=True):
             samples.append(
-                f"  > {row['prompt_text']}\n"
+                f"  > {row.prompt_text}\n"
                 f"    sampled {result['eval_reward']:6.3f}  {result['text']!r}\n"
                 f"    greedy  {result['eval_greedy_reward']:6.3f}  {result['greedy_text']!r}"
             )
@@ -1469,10 +1496,12 @@ class Run:
 
         All noise of a step comes from --seed and the step. So a resumed run draws the same.
         """
-        seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)  # a hash of the two
-        transformers.set_seed(seed)  # of random, numpy and torch: a reward may use any of them
-        batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all processes
-        torch.manual_seed(seed + self.rank)  # but each process draws responses of its own
+        step_seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)  # a hash of both
+        # First the same noise in all processes of torchrun: they draw one batch, and share it.
+        transformers.set_seed(step_seed)  # of random, numpy and torch: a reward may use any of them
+        batch = random.sample(self.training_rows, self.args.batch_size)
+        # Then noise of its own in each: they draw different responses.
+        torch.manual_seed(step_seed + self.rank)
         return batch[self.rank :: self.processes]
 
     def train_step(self, step):
@@ -1481,8 +1510,9 @@ class Run:
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         is_greedy = args.baseline == "greedy"
-        # Their prompts: of the sampled responses and, behind them, of the greedy ones.
-        scored_rows = rows + rows if is_greedy else rows
+        scored_rows = list(rows)  # the prompts of the sampled responses
+        if is_greedy:
+            scored_rows += rows  # and, behind them, of the greedy ones
 
         def score(responses):
             return score_responses(args, self.reward, self.tokenizer, scored_rows, responses)
@@ -1798,7 +1828,8 @@ def silence_libraries():
 def main(argv=None):
     args = parse_args(argv)
     silence_libraries()
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     stop = StopRequest()
     if dist.is_torchelastic_launched():
         # gloo beside nccl: the number of a signal travels in a CPU tensor, the gradients do not.

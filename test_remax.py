@@ -1250,10 +1250,10 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
     rows, held_out = load(path, tokenizer, "--max-prompt-tokens", 5)
     assert (len(rows), len(held_out)) == (16, 4)
     for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
-        assert len(row["prompt_ids"]) == 5
-        assert row["for_reward"]["prompt"] == tokenizer.decode(row["prompt_ids"])
+        assert len(row.prompt_ids) == 5
+        assert row.prompt == tokenizer.decode(row.prompt_ids)
         if suffix != "txt":
-            assert row["prompt_text"].split()[0] == str(row["for_reward"]["answer"])
+            assert row.prompt_text.split()[0] == str(row.columns["answer"])
 
 
 def test_prompts_of_any_alphabet_with_a_byte_order_mark_and_blank_lines(tokenizer, tmp_path):
@@ -1262,7 +1262,7 @@ def test_prompts_of_any_alphabet_with_a_byte_order_mark_and_blank_lines(tokenize
     path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
     rows, held_out = load(path, tokenizer)
     assert len(rows) + len(held_out) == 10
-    assert all("Фильм" in row["prompt_text"] for row in rows)
+    assert all("Фильм" in row.prompt_text for row in rows)
 
 
 def test_chat_prompts_go_through_the_template_once(tmp_path):
@@ -1276,7 +1276,7 @@ def test_chat_prompts_go_through_the_template_once(tmp_path):
     rows, held_out = load(path, tokenizer, "--prompt-column", "chat", "--max-prompt-tokens", 60)
     assert len(rows) + len(held_out) == 9  # the long one is left out, not cut
     for row in rows:
-        text = tokenizer.decode(row["prompt_ids"])
+        text = tokenizer.decode(row.prompt_ids)
         assert text == "<|endoftext|>[user] The plot<|endoftext|>\n[assistant]"
 
 
@@ -1310,7 +1310,7 @@ def test_reward_columns_stay_aligned_with_rows(tokenizer, tmp_path):
 
     ids = torch.tensor(tokenizer([" was brilliant."])["input_ids"]).repeat(8, 1)
     rewards = score(reward, tokenizer, rows[:4] * 2, ids)
-    assert rewards.tolist() == [row["for_reward"]["answer"] for row in rows[:4]] * 2
+    assert rewards.tolist() == [row.columns["answer"] for row in rows[:4]] * 2
 
 
 def test_the_greedy_half_gets_the_same_prompts_in_steps_and_evaluations(small, tmp_path):
@@ -1355,7 +1355,7 @@ def test_reward_of_a_gpt2_classifier(tmp_path, labels):
         assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-ROWS = [{"prompt_ids": [5], "prompt_text": "a", "for_reward": {"prompt": "a"}}] * 2
+ROWS = [remax.PromptRow([5], "a", False, "a", {})] * 2
 
 
 @pytest.mark.parametrize(
@@ -2064,11 +2064,11 @@ def test_values_reach_the_reward_as_they_stand_in_the_file(tokenizer, tmp_path):
     values = ["2021-03-04", "007", 5, None]
     lines = [{"prompt": f"The plot {i}", "answer": value} for i, value in enumerate(values)]
     rows, held_out = load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer)
-    got = {row["for_reward"]["prompt"]: row["for_reward"]["answer"] for row in rows + held_out}
+    got = {row.prompt: row.columns["answer"] for row in rows + held_out}
     assert got == {line["prompt"]: line["answer"] for line in lines}
     (tmp_path / "p.csv").write_text("prompt,answer\nThe plot,007\nThe cast,2021-03-04\n")
     rows, held_out = load(tmp_path / "p.csv", tokenizer)
-    assert {row["for_reward"]["answer"] for row in rows + held_out} == {"007", "2021-03-04"}
+    assert {row.columns["answer"] for row in rows + held_out} == {"007", "2021-03-04"}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -2083,7 +2083,7 @@ def test_a_file_with_new_prompts_and_its_old_date_is_read_anew(tokenizer, tmp_pa
             frame.to_json(path)
         os.utime(path, (0, 0))
         rows, _ = load(path, tokenizer)
-        assert all(word in row["prompt_text"] for row in rows)
+        assert all(word in row.prompt_text for row in rows)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
@@ -2094,7 +2094,7 @@ def test_a_line_separator_inside_a_prompt_cuts_it_nowhere(tokenizer, tmp_path, s
         lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
     (tmp_path / f"p.{suffix}").write_bytes("\r\n".join(lines).encode())
     rows, held_out = load(tmp_path / f"p.{suffix}", tokenizer)
-    assert sorted(row["prompt_text"] for row in rows + held_out) == texts
+    assert sorted(row.prompt_text for row in rows + held_out) == texts
 
 
 def test_texts_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
@@ -2111,11 +2111,11 @@ def test_no_prompt_is_cut_within_a_letter(tokenizer, tmp_path):
     rows, held_out = load(
         write_jsonl(tmp_path / "p.jsonl", lines), tokenizer, "--max-prompt-tokens", 8
     )
-    cut = [row for row in rows + held_out if row["is_cut"]]
+    cut = [row for row in rows + held_out if row.is_cut]
     assert cut
     for row in cut:
-        assert "\ufffd" not in row["prompt_text"]
-        assert row["prompt_text"] == tokenizer.decode(row["prompt_ids"])
+        assert "\ufffd" not in row.prompt_text
+        assert row.prompt_text == tokenizer.decode(row.prompt_ids)
 
 
 def test_a_tokenizer_that_ends_texts_with_eos_ends_no_prompt(tmp_path):
@@ -2125,7 +2125,7 @@ def test_a_tokenizer_that_ends_texts_with_eos_ends_no_prompt(tmp_path):
     )
     tokenizer.pad_token = tokenizer.eos_token
     rows, _ = load(TINY / "prompts.jsonl", tokenizer)
-    assert all(row["prompt_ids"][-1] != tokenizer.eos_token_id for row in rows)
+    assert all(row.prompt_ids[-1] != tokenizer.eos_token_id for row in rows)
 
 
 def test_weights_that_the_model_does_not_use_are_named(tmp_path, capsys):
@@ -2174,7 +2174,7 @@ def test_a_reward_model_without_template_reads_the_contents_of_a_chat():
 
 
 def test_a_reward_that_changes_its_arguments_changes_no_row(tokenizer):
-    rows = [{"prompt_ids": [5], "prompt_text": "a", "for_reward": {"prompt": CHAT, "n": [1]}}]
+    rows = [remax.PromptRow([5], "a", False, CHAT, {"n": [1]})]
     before = json.dumps(rows)
 
     def reward(prompts, completions, n, **kwargs):
@@ -2639,7 +2639,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "torch.utils.checkpoint.checkpoint(\n"
      "            row_logprobs, row_logits, row_tokens, use_reentrant=False\n        )",
      "row_logprobs(row_logits, row_tokens)", "no_float32"),
-    ("off by one in the logits", "logits = logits[:, :-1]", "logits = logits[:, 1:]", "column_t"),
+    ("off by one in the logits", "logits[:, -(T + 1) : -1]", "logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing",
      "    policy.eval()\n    with weights_as(policy, dtype):",
      "    with weights_as(policy, dtype):",
@@ -2652,13 +2652,13 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "probabilities.gather(1, probabilities.argmax(1, keepdim=True))", "rollout_is_the_policy"),
     ("no cache, no refusal", "if tokens_in(cache) < attention_mask.size(1):", "if False:",
      "keeps_no_cache"),
-    ("reward scored on prompt + response twice", 'text[len(row["prompt_text"]) :]', "text",
+    ("reward scored on prompt + response twice", "text[len(row.prompt_text) :]", "text",
      "aligned"),
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
     ("reward model without mask", "self.model(**batch)", 'self.model(batch["input_ids"])',
      "ignores_padding"),
-    ("columns misaligned with rows", "scored_rows = rows + rows if is_greedy",
-     "scored_rows = [row for row in rows for _ in range(2)] if is_greedy", "greedy_half_gets"),
+    ("columns misaligned with rows", "scored_rows += rows",
+     "scored_rows = [row for row in rows for _ in range(2)]", "greedy_half_gets"),
     ("weights saved with use_cache off", "AutoConfig.from_pretrained(self.args.model)",
      "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model"),
     ("dropout saved as 0", "self.policy.config = AutoConfig.from_pretrained(self.args.model)",
@@ -2694,13 +2694,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "                figures = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
-     "        transformers.set_seed(seed)  # of random, numpy and torch: a reward may use any of "
-     "them\n"
-     "        batch = random.sample(self.training_rows, self.args.batch_size)  # alike in all "
-     "processes\n"
-     "        torch.manual_seed(seed + self.rank)  # but each process draws responses of its own\n",
-     "        step > 1 or transformers.set_seed(self.args.seed)\n"
-     "        batch = random.sample(self.training_rows, self.args.batch_size)\n",
+     "        transformers.set_seed(step_seed)  # of", "        step > 1 or set_seed(0)  # of",
      "same_seed"),
     ("second BOS", "tokenizer.encode(text, add_special_tokens=False)", "tokenizer.encode(text)",
      "template_once"),
@@ -2708,8 +2702,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "every_mistake and missing"),
     ("weights that are not finite", "if not parameter.isfinite().all():", "if False:",
      "every_mistake and nan"),
-    ("columns that a reward may spoil", "copy.deepcopy(row[\"for_reward\"][name])",
-     "row[\"for_reward\"][name]", "changes_its_arguments"),
+    ("columns that a reward may spoil", "copy.deepcopy(row.columns[name])",
+     "row.columns[name]", "changes_its_arguments"),
     ("two runs in one folder", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
      "living_run"),
     ("changed prompts file", "hashlib.sha256(Path(path).read_bytes())", "hashlib.sha256()",

@@ -74,9 +74,7 @@ def rloo_run(run, args):
         processing_class=run.tokenizer,
         callbacks=[clock],
         reward_funcs=run.reward,
-        train_dataset=Dataset.from_dict(
-            {"prompt": [row["prompt_text"] for row in run.training_rows]}
-        ),
+        train_dataset=Dataset.from_dict({"prompt": [row.prompt_text for row in run.training_rows]}),
         args=trl.RLOOConfig(
             output_dir=f"{run.folder}/rloo",
             per_device_train_batch_size=2 * run.args.batch_size,

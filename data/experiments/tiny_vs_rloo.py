@@ -89,9 +89,7 @@ def rloo_curve(seed, lr, args, folder):
         processing_class=tokenizer,
         callbacks=[clock],
         reward_funcs=reward,
-        train_dataset=Dataset.from_dict(
-            {"prompt": [row["prompt_text"] for row in run.training_rows]}
-        ),
+        train_dataset=Dataset.from_dict({"prompt": [row.prompt_text for row in run.training_rows]}),
         args=trl.RLOOConfig(
             output_dir=f"{folder}/rloo",
             per_device_train_batch_size=2 * run.args.batch_size,

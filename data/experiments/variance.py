@@ -35,17 +35,21 @@ import remax
 
 def estimates(run, policy, rows, n):
     """n gradients of each arm, greedy and none, flat: (2,n,D); mean reward, sampled and greedy."""
+
+    def score(responses):
+        return remax.score_responses(run.args, run.reward, run.tokenizer, rows, responses)
+
     eos_id, pad_id = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     prompt, attention_mask = remax.collate(run.tokenizer, rows, run.device)  # (B,P)
     decoding = prompt, attention_mask, run.args.max_new_tokens, eos_id, pad_id
     parameters = list(policy.eval().parameters())
     grads = torch.empty(2, n, sum(p.numel() for p in parameters))
     _, greedy_response, _ = remax.rollout(policy, *decoding)  # (B,T)
-    baseline = run.score(rows, greedy_response)  # (B,): there is no noise in it
+    baseline = score(greedy_response)  # (B,): there is no noise in it
     rewards = torch.zeros(n)
     for i in tqdm(range(n), leave=False):
         response, _, _ = remax.rollout(policy, *decoding, greedy=False)  # (B,T)
-        reward = run.score(rows, response)  # (B,)
+        reward = score(response)  # (B,)
         rewards[i] = reward.mean()
         mask = remax.response_mask(response, eos_id)  # (B,T)
         inputs = prompt, attention_mask, response, mask
