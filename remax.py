@@ -152,8 +152,9 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         if done.all():
             break
         attention_mask = torch.cat([attention_mask, torch.ones_like(new_tokens)], 1)  # (N,P+t+1)
-    tokens = torch.cat(tokens, 1)  # (N,T)
-    return tokens[:B], tokens[B:], torch.cat(logprobs, 1)
+    responses = torch.cat(tokens, 1)  # (N,T)
+    greedy_response = responses[B:]  # (0,T) without greedy rows
+    return responses[:B], greedy_response, torch.cat(logprobs, 1)
 
 
 def response_mask(response, eos_id):
@@ -421,6 +422,7 @@ def remax_step(
     optimizer.zero_grad()
 
     # ---- diagnostics only below: means over the whole batch ----
+    # Under torchrun every batch_mean() waits for the other processes.
     tokens = mask.sum(1)  # (B,)
     mean_tokens = batch_mean(tokens)
     kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
@@ -769,19 +771,19 @@ def load_prompts(args, tokenizer):
             rows.append(row)
 
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
-    held_out = min(128, math.ceil(len(rows) / 5))  # how many: a fifth; 128 give a steady mean
-    for_training = len(rows) - held_out
-    message = f"{len(rows)} prompts: {for_training} to train on, {held_out} held out"
+    held_out_count = min(128, math.ceil(len(rows) / 5))  # a fifth; 128 give a steady mean
+    training_count = len(rows) - held_out_count
+    message = f"{len(rows)} prompts: {training_count} to train on, {held_out_count} held out"
     cut = sum(row.is_cut for row in rows)
     if cut > 0:
         message += f", {cut} cut to {args.max_prompt_tokens} tokens"
     if len(rows) < len(dataset):
         message += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
     print(message)
-    if for_training < args.batch_size:
-        reason = f"{for_training} prompts to train on are fewer than one batch"
+    if training_count < args.batch_size:
+        reason = f"{training_count} prompts to train on are fewer than one batch"
         fail(reason, args, "prompts", "max_prompt_tokens", "batch_size")
-    return rows[held_out:], rows[:held_out]
+    return rows[held_out_count:], rows[:held_out_count]
 
 
 def collate(tokenizer, rows, device):
@@ -835,7 +837,7 @@ class RewardModel:
         if "SequenceClassification" not in str(config.architectures):
             raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
-        if tokenizer.pad_token is None:
+        if tokenizer.pad_token is None:  # any token will do, it is masked
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.tokenizer = tokenizer
         self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype)
@@ -887,7 +889,8 @@ def decode_responses(tokenizer, rows, responses):
     """The texts of responses (N,T) to the prompts of N rows."""
     texts = []
     for row, ids in zip(rows, responses.tolist(), strict=True):
-        # With its prompt: on its own, a response loses its first space in Llama's tokenizer.
+        # With its prompt: on its own, a response loses its first space in Llama's tokenizer. The
+        # text of both begins with prompt_text, which was decoded in the same way.
         text = tokenizer.decode(row.prompt_ids + ids, skip_special_tokens=True)
         texts.append(text[len(row.prompt_text) :])
     return texts
@@ -1048,7 +1051,7 @@ def make_scaler(dtype, device):
 
 
 def use_one_thread_if_small(policy):
-    """A small model is no faster on two threads, and 20 times slower if one of them must wait."""
+    """A small model is no faster on two threads, and 20 times slower if other work takes a core."""
     if policy.num_parameters() < 5e6:
         torch.set_num_threads(1)
 
@@ -1269,7 +1272,7 @@ class Run:
         self.steps_done = 0
         self.steps_in_a_row = collections.Counter()  # warning -> the steps that gave cause for it
         self.choose_machine()
-        self.flags["precision"] = str(self.dtype)  # auto means another one on another device
+        self.flags["precision"] = str(self.dtype)  # on another device auto may be another dtype
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
@@ -1316,7 +1319,8 @@ class Run:
         """Return the checkpoint to go on from, and drop the rows of the steps after it."""
         checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
         if self.rank == 0:
-            # min(): truncate() would lengthen a file that was deleted or cut by hand.
+            # tell() is the size of a file open for appending. min(): truncate() would lengthen a
+            # file that was deleted or cut by hand.
             size = min(checkpoint["metrics_bytes"], self.metrics.tell())
             self.metrics.truncate(size)
         return checkpoint
@@ -1795,7 +1799,7 @@ def absolute(value):
     """The whole path of what is a file, a folder or FILE.py:FUNCTION; a hub's name as it is."""
     file, _ = split_function(value)
     if Path(file).exists():
-        return os.path.abspath(value)
+        return os.path.abspath(value)  # :FUNCTION stays behind it
     return value
 
 

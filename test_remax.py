@@ -2105,6 +2105,28 @@ def test_texts_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
     )
 
 
+def test_an_eos_that_the_vocabulary_spells_otherwise_is_refused():
+    """A newline is one token of the tiny world, but its lookup gives the unknown token."""
+    with pytest.raises(ValueError, match="not one token"):
+        remax.load_policy_tokenizer(tiny_args("--eos-token", "\n"))
+    assert remax.load_policy_tokenizer(tiny_args("--eos-token", ".")).eos_token_id == 14
+
+
+def test_a_column_named_prompt_reaches_the_reward_when_another_holds_the_prompts(
+    tokenizer, tmp_path
+):
+    lines = [{"question": f"The plot {i}", "prompt": i} for i in range(9)]
+    path = write_jsonl(tmp_path / "p.jsonl", lines)
+    rows, _ = load(path, tokenizer, "--prompt-column", "question")
+
+    def reward(prompts, completions, prompt):
+        assert prompts == [f"The plot {i}" for i in prompt]
+        return [float(i) for i in prompt]
+
+    rewards = score(reward, tokenizer, rows, torch.full((len(rows), 3), 5))
+    assert rewards.tolist() == [row.columns["prompt"] for row in rows]
+
+
 def test_no_prompt_is_cut_within_a_letter(tokenizer, tmp_path):
     """A letter outside its vocabulary is several tokens to a byte-level tokenizer."""
     lines = [{"prompt": "The plot " + "é字" * i} for i in range(2, 12)]
@@ -2572,8 +2594,9 @@ def test_sigterm_to_torchrun_saves(slow, tmp_path):
     process = torchrun(remax.__file__, *slow, "--save-every", 1000)
     wait_for_rows(lambda: process.poll() is None, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert "in remax_step" not in err  # no process was left in the middle of a step
     assert "--resume continues" in out
     steps = [row["step"] for row in read_metrics(tmp_path / "run") if "reward" in row]
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
@@ -2980,6 +3003,15 @@ def test_the_loop_of_the_readme_works_as_it_stands(monkeypatch, capsys):
     rewards = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(rewards) == 20
     assert sum(rewards[-5:]) > sum(rewards[:5])
+
+
+def test_variances_of_gradients_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(DATA / "experiments")
+    import variance
+
+    variance.main(["--estimates", "2", "--batch", "2", "--out", str(tmp_path / "variance.jsonl")])
+    row = json.loads((tmp_path / "variance.jsonl").read_text())
+    assert row["ratio"] == pytest.approx(row["variance_greedy"] / row["variance_none"])
 
 
 def test_plot_draws_any_runs(tmp_path):
