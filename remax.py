@@ -12,8 +12,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
   6. Update: clip the gradient norm, take one optimizer step, and throw the
      rollout away.
 
-The baseline is there to lower the variance. It does so where r - b is, on the
-whole, nearer to 0 than r. It leaves the mean of the gradient as it is.
+The baseline is there to lower the variance: it takes away what the rewards of a
+prompt have in common. It leaves the mean of the gradient as it is.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
@@ -36,7 +36,7 @@ To learn the algorithm, read rollout, response_mask, token_logprobs, remax_loss
 and remax_step, and stop there. The rest reads prompts, asks for rewards, saves
 the run, and refuses what would go wrong.
 
-  python remax.py                        # a tiny GPT-2 on the CPU, no download
+  python remax.py                        # a tiny GPT-2, a CPU is enough, no download
   python remax.py --model gpt2-large     # one GPU: favourable film reviews
   torchrun --nproc-per-node 8 remax.py --model gpt2-large    # eight GPUs
 """
@@ -214,9 +214,9 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #    tokens, and not a mean.
 # 3. sum_y pi(y|x) = 1, so E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0. Multiplied by any
 #    b that is fixed before y is drawn it is still 0. So r - b gives the same expected gradient as
-#    r, with less variance if b is near r. The greedy response is fixed by x and the weights, its
-#    reward is often near r, and it needs no critic. No gradient goes through b. (b could hold the
-#    KL of the greedy response too. Algorithm 1 leaves it out, and both are unbiased.)
+#    r, with less variance if the rewards of a prompt have much in common. The greedy response is
+#    fixed by x and the weights, and it needs no critic. No gradient goes through b. (b could hold
+#    the KL of the greedy response too. Algorithm 1 leaves it out, and both are unbiased.)
 # 4. In the same way E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0. The KL that was paid before token t
 #    does not depend on y_t: it would only add noise to its weight, and is left out. r depends on
 #    the whole response, and stays.
@@ -340,7 +340,8 @@ def remax_step(
 ):
     """One update of the policy from B prompts: the six steps at the top of this file.
 
-    policy, reference: causal language models; reference is frozen, or None if kl_coef is 0.
+    policy, reference: causal language models without dropout; reference is frozen, in eval() mode,
+    or None if kl_coef is 0.
     optimizer, scaler: of the policy; the scaler is enabled for float16 alone.
     score: a function, responses (N,T) -> rewards (N,). It gets the sampled responses and, behind
     them, the greedy ones.
@@ -388,7 +389,7 @@ def remax_step(
                     reference, part.prompt, part.attention_mask, part.response, part.mask
                 )  # (N,part_T)
 
-    # 5. Gradient. Gradient checkpointing needs train() mode; load_policy() set dropout to 0.
+    # 5. Gradient. Gradient checkpointing needs train() mode, and so the policy has no dropout.
     policy.train()
     logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
     for part in parts:
@@ -532,11 +533,11 @@ def load_policy_tokenizer(args):
     """The policy's tokenizer, with an EOS and a padding token."""
     tokenizer = load_tokenizer(args.model)
     if args.eos_token is not None:
-        ids = tokenizer.encode(args.eos_token, add_special_tokens=False)
-        # The lookup of eos_token_id knows the vocabulary's spelling alone: not "\n" in GPT-2's.
-        if ids != [tokenizer.convert_tokens_to_ids(args.eos_token)]:
-            raise ValueError(f"{args.eos_token!r} is not one token of the policy's tokenizer")
         tokenizer.eos_token = args.eos_token
+        ids = tokenizer.encode(args.eos_token, add_special_tokens=False)
+        # GPT-2 stores a newline under another name: its eos_token_id would be the unknown token.
+        if ids != [tokenizer.eos_token_id]:
+            raise ValueError(f"{args.eos_token!r} is not one token of the policy's tokenizer")
     if tokenizer.eos_token is None:
         raise ValueError(
             "its tokenizer has no EOS, so no response would end: name one by --eos-token"
@@ -757,7 +758,9 @@ def make_row(args, tokenizer, values, ids):
     if not is_chat:
         prompt = text
     columns = {name: value for name, value in values.items() if name != args.prompt_column}
-    return PromptRow(ids, text, is_too_long, prompt, columns)
+    return PromptRow(
+        prompt_ids=ids, prompt_text=text, is_cut=is_too_long, prompt=prompt, columns=columns
+    )
 
 
 def load_prompts(args, tokenizer):
@@ -1146,35 +1149,40 @@ def read_checkpoint(args, flags, path):
     return checkpoint
 
 
-def refuse_old_run(args, folder, metrics):
+def refuse_old_run(args, folder):
     """Raise ValueError if the folder of a new run holds another run."""
     if (folder / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.output_dir} holds a run: --resume continues it, "
             "another --output-dir starts a new one"
         )
-    if metrics.tell() > 0:  # opened to append: the file was not empty
+    if (folder / "metrics.jsonl").stat().st_size > 0:
         raise ValueError(
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
         )
 
 
+@contextmanager
+def true_error_of_torch():
+    """On a full disk torch.save raises RuntimeError("unexpected pos"): raise what it hides."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def save_checkpoint(path, checkpoint):
     """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
     unfinished = path.with_suffix(".new")
     try:
-        with open(unfinished, "wb") as file:
+        with true_error_of_torch(), open(unfinished, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except RuntimeError as error:
-        # On a full disk torch raises RuntimeError("unexpected pos") and hides the true error.
-        true_error = error.__context__
-        if isinstance(true_error, OSError):
-            raise true_error from None
-        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -1199,10 +1207,13 @@ class StopRequest:
         self.register_fork_handlers()
 
     def register_fork_handlers(self):
-        """Give the children that a reward function forks handlers of their own.
+        """See to it that SIGTERM ends a child that a reward function has forked.
 
-        A child inherits receive(). Process.terminate() sends it SIGTERM, and receive() would only
-        make a note of that: the child would not end.
+        A child inherits receive(), which would only make a note of the SIGTERM that
+        Process.terminate() sends. So:
+          1. Before the fork signals are held back, so that none comes too early for the child.
+          2. The child sets handlers of its own.
+          3. Child and parent let the signals come again.
         """
         if hasattr(os, "register_at_fork"):  # Windows has no fork
             os.register_at_fork(
@@ -1225,15 +1236,13 @@ class StopRequest:
             os.dup2(nowhere, 2)  # standard error
 
     def hold_signals(self):
-        """Before a fork: a signal waits until both processes have their handlers."""
         signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
 
     def release_signals(self):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
 
     def set_handlers_of_child(self):
-        """A forked child ends on SIGTERM, as terminate() expects. It ignores the other signals,
-        because the parent still needs it to finish the step."""
+        """SIGTERM ends the child. It ignores the others: the parent needs it to finish the step."""
         for number in self.numbers:
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
@@ -1270,7 +1279,7 @@ class Run:
         self.args = args
         self.flags = flags_to_compare(args)  # read now: the files may be edited during the run
         self.steps_done = 0
-        self.steps_in_a_row = collections.Counter()  # warning -> the steps that gave cause for it
+        self.steps_in_a_row = collections.Counter()  # problem -> the steps that it has lasted
         self.choose_machine()
         self.flags["precision"] = str(self.dtype)  # on another device auto may be another dtype
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
@@ -1282,7 +1291,7 @@ class Run:
             if args.resume:
                 checkpoint = self.continue_old_run()
             elif self.rank == 0:
-                refuse_old_run(args, self.folder, self.metrics)
+                refuse_old_run(args, self.folder)
             self.write_args()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype, self.device)
@@ -1318,11 +1327,9 @@ class Run:
     def continue_old_run(self):
         """Return the checkpoint to go on from, and drop the rows of the steps after it."""
         checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        if self.rank == 0:
-            # tell() is the size of a file open for appending. min(): truncate() would lengthen a
-            # file that was deleted or cut by hand.
-            size = min(checkpoint["metrics_bytes"], self.metrics.tell())
-            self.metrics.truncate(size)
+        saved_size = checkpoint["metrics_bytes"]
+        if self.rank == 0 and saved_size < (self.folder / "metrics.jsonl").stat().st_size:
+            self.metrics.truncate(saved_size)
         return checkpoint
 
     def write_args(self):
@@ -1457,7 +1464,7 @@ class Run:
     def evaluate(self):
         """Return (figures, samples): means over the held-out rows, and three of them in words."""
         rows = self.held_out_rows
-        size = self.args.batch_size
+        size = self.args.batch_size // self.processes  # as many at once as in training
         torch.manual_seed(0)  # the same noise every time
         self.policy.eval()
         results = []
@@ -1578,23 +1585,23 @@ class Run:
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
-    def warn(self, warning, has_cause):
-        """Print the warning in the 20th step in a row that gives cause for it."""
-        if not has_cause:
-            self.steps_in_a_row[warning] = 0
+    def warn_if_it_lasts(self, problem, is_there):
+        """Print a warning when a problem is there for the 20th step in a row."""
+        if not is_there:
+            self.steps_in_a_row[problem] = 0
             return
-        self.steps_in_a_row[warning] += 1
-        if self.steps_in_a_row[warning] == 20:
-            tqdm.write(f"warning: {warning}")
+        self.steps_in_a_row[problem] += 1
+        if self.steps_in_a_row[problem] == 20:
+            tqdm.write(f"warning: 20 steps of {problem}")
 
     def warn_of_trouble(self, figures):
-        self.warn(
-            "20 steps of zero_advantage 1: are all responses or rewards alike?",
+        self.warn_if_it_lasts(
+            "zero_advantage 1: are all responses or rewards alike?",
             figures["zero_advantage"] == 1,
         )
         # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
-        self.warn(
-            "20 steps of KL below -1: are the responses drawn from the policy?",
+        self.warn_if_it_lasts(
+            "KL below -1: are the responses drawn from the policy?",
             figures["kl"] is not None and figures["kl"] < -1,
         )
 
@@ -1795,12 +1802,11 @@ def make_parser():
     return parser
 
 
-def absolute(value):
-    """The whole path of what is a file, a folder or FILE.py:FUNCTION; a hub's name as it is."""
-    file, _ = split_function(value)
-    if Path(file).exists():
-        return os.path.abspath(value)  # :FUNCTION stays behind it
-    return value
+def absolute(path):
+    """The whole path of an existing file or folder; a name of the hub as it is."""
+    if Path(path).exists():
+        return os.path.abspath(path)
+    return path
 
 
 def parse_args(argv=None):
@@ -1817,7 +1823,10 @@ def parse_args(argv=None):
     # Once and for all: a reward function may change the working directory.
     args.model = absolute(args.model)
     args.prompts = absolute(args.prompts)
-    args.reward = absolute(args.reward)
+    reward_file, function_name = split_function(args.reward)
+    args.reward = absolute(reward_file)
+    if function_name is not None:
+        args.reward += f":{function_name}"
     return args
 
 

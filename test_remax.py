@@ -2696,7 +2696,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("resume that restarts the learning rate", "progress = (step - 1) / self.args.steps",
      "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
-     "self.metrics.truncate(size)", "pass", "cut_off"),
+     "self.metrics.truncate(saved_size)", "pass", "cut_off"),
     ("resume with other mathematics", "if flags.get(name) == old or name in MAY_CHANGE:",
      "if True:", "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
