@@ -36,7 +36,7 @@ To learn the algorithm, read rollout, response_mask, token_logprobs, remax_loss
 and remax_step, and stop there. The rest reads prompts, asks for rewards, saves
 the run, and refuses what would go wrong.
 
-  python remax.py                        # a tiny GPT-2, a CPU is enough, no download
+  python remax.py                        # a tiny GPT-2: no GPU, no download
   python remax.py --model gpt2-large     # one GPU: favourable film reviews
   torchrun --nproc-per-node 8 remax.py --model gpt2-large    # eight GPUs
 """
