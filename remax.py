@@ -811,7 +811,9 @@ def import_file(path):
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
-    sys.modules.setdefault(module_name, module)  # a process pool looks here for the functions
+    # A process pool looks here for the functions. A module of the same name goes first: others may
+    # be using it.
+    sys.modules.setdefault(module_name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -1098,6 +1100,7 @@ LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0
 
 
 def sha256_of(path):
+    """The first 16 digits: enough to tell two files apart."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
@@ -1107,9 +1110,10 @@ def flags_to_compare(args):
     # Files count by their content: they may have been edited since, or moved.
     if Path(args.prompts).is_file():
         flags["prompts"] = f"{Path(args.prompts).name} with the sha256 {sha256_of(args.prompts)}"
-    reward_file, _ = split_function(args.reward)
+    reward_file, function_name = split_function(args.reward)
     if Path(reward_file).is_file():
-        flags["reward"] = f"{Path(args.reward).name} with the sha256 {sha256_of(reward_file)}"
+        name = f"{Path(reward_file).name}:{function_name}"
+        flags["reward"] = f"{name} with the sha256 {sha256_of(reward_file)}"
     return flags
 
 
@@ -1230,10 +1234,14 @@ class StopRequest:
         if number in (signal.SIGINT, signal.SIGTERM):
             # Not print(): the signal may have come in the middle of one.
             os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
-        else:  # the terminal is gone, and printing to it would fail
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)  # standard output
-            os.dup2(nowhere, 2)  # standard error
+        else:
+            self.silence_output()
+
+    def silence_output(self):
+        """The terminal is gone, and printing to it would fail."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # standard output
+        os.dup2(nowhere, 2)  # standard error
 
     def hold_signals(self):
         signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
@@ -1327,9 +1335,11 @@ class Run:
     def continue_old_run(self):
         """Return the checkpoint to go on from, and drop the rows of the steps after it."""
         checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        saved_size = checkpoint["metrics_bytes"]
-        if self.rank == 0 and saved_size < (self.folder / "metrics.jsonl").stat().st_size:
-            self.metrics.truncate(saved_size)
+        if self.rank == 0:
+            saved_size = checkpoint["metrics_bytes"]
+            size = (self.folder / "metrics.jsonl").stat().st_size
+            if saved_size < size:  # truncate() would lengthen a file that was cut by hand
+                self.metrics.truncate(saved_size)
         return checkpoint
 
     def write_args(self):
