@@ -2919,6 +2919,7 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     lower = max(1 - gb / measured[key] for key, gb in computed.items())
     on_gpu = arm_logs("smollm2_gpu", "remax") + arm_logs("smollm2_gpu", "reinforce")
     difference = max(row.get("sampling_logp_difference", 0) for log in on_gpu for row in log)
+    fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
     (beside_trl,) = read_results("gpu.jsonl")
     seconds = beside_trl["seconds"]
     decoding = [row["seconds"] for row in read_results("gpu_step.jsonl") if "seconds" in row]
@@ -2935,6 +2936,8 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         "from {:.1f} to {:.1f} seconds for ReMax".format(*ends_of(race["ReMax"]["seconds"])),
         "from {:.1f} to {:.1f} for RLOO".format(*ends_of(race["RLOO"]["seconds"])),
         f"took {share:.2f} times the seconds of one process with two threads",
+        f"It took {statistics.median(fast):.0f} seconds on one idle machine",
+        f"and {statistics.median(slow):.0f} on a slower one",
         f"It needs {measured['gpt2-large', 'default']:.1f} GB of GPU memory",
         f"figures are up to {lower:.0%} lower",
         f"below {math.ceil(difference * 100) / 100} nats",
@@ -2948,6 +2951,23 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"in {len(SABOTAGE)} ways",
     ):
         assert sentence in TEXT, sentence
+
+
+def test_the_memory_and_disk_of_the_readme_are_the_logs_and_12_bytes_a_parameter():
+    peaks = {"SmolLM2, 135M": [], "gpt2-large, 774M": [], "1.24B": []}
+    parameters = {"SmolLM2, 135M": 134_515_008}
+    names = {"gpt2-large": "gpt2-large, 774M", "Llama-3.2-1B size": "1.24B"}
+    for row in read_results("memory_gpu.jsonl"):
+        if row["model"] in names and "PPO" not in row["flags"]:
+            peaks[names[row["model"]]].append(f"{row['peak_gb']:.1f}")
+            parameters[names[row["model"]]] = row["parameters"]
+    rows = [row for log in arm_logs("smollm2_gpu", "remax") for row in log]
+    peak = max(row.get("peak_memory_gb", 0) for row in rows)
+    peaks["SmolLM2, 135M"] = [f"{peak:.1f}", "not measured", "not measured"]
+    for name, cells in peaks.items():
+        checkpoint, model = 12e-9 * parameters[name], 4e-9 * parameters[name]
+        cells = [*cells, f"{checkpoint:.1f}", f"{checkpoint:.1f}", f"{model:.1f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in README
 
 
 def test_each_seed_of_remax_ends_with_better_greedy_responses():
