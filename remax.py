@@ -1327,7 +1327,7 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
     def open_folder(self):
-        """Lock the folder. The first process of torchrun alone writes into it."""
+        """Lock the folder, before it is read. The first process of torchrun alone writes there."""
         self.folder = Path(self.args.output_dir).resolve()
         if self.rank == 0:
             self.metrics = open_metrics(self.folder)
@@ -1417,10 +1417,10 @@ class Run:
         """Say in one line what is trained, by what, and where it goes."""
         args = self.args
         millions = self.policy.num_parameters() / 1e6
+        reference = "none" if self.reference is None else "the same"
         print(
             f"policy {as_text(args.model)} ({millions:.1f}M parameters), "
-            f"reference {'the same' if self.reference is not None else 'none'}, "
-            f"reward {as_text(args.reward)}, "
+            f"reference {reference}, reward {as_text(args.reward)}, "
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
 

@@ -1533,6 +1533,12 @@ def test_the_console_of_a_run_redirected_to_a_file(fresh_runs):
     assert "\r" not in done.stdout
 
 
+def test_a_difference_that_is_no_number_stops_the_run(small, tmp_path):
+    run = remax.Run(tiny_args(*small, "--output-dir", tmp_path))
+    with pytest.raises(SystemExit, match="sampling_logp_difference is nan"):
+        run.check_sampler({"sampling_logp_difference": math.nan})
+
+
 def test_a_model_whose_cache_is_wrong_stops_at_the_first_step(tmp_path, monkeypatch, capsys):
     rollout = remax.rollout
 
@@ -2717,7 +2723,13 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "                figures = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
-     "        transformers.set_seed(step_seed)  # of", "        step > 1 or set_seed(0)  # of",
+     "        transformers.set_seed(step_seed)  # of random, numpy and torch: a reward may use any "
+     "of them\n"
+     "        batch = random.sample(self.training_rows, self.args.batch_size)\n"
+     "        # Then noise of its own in each: they draw different responses.\n"
+     "        torch.manual_seed(step_seed + self.rank)\n",
+     "        step > 1 or transformers.set_seed(self.args.seed)\n"
+     "        batch = random.sample(self.training_rows, self.args.batch_size)\n",
      "same_seed"),
     ("second BOS", "tokenizer.encode(text, add_special_tokens=False)", "tokenizer.encode(text)",
      "template_once"),

@@ -169,14 +169,12 @@ def ways_to_decode(policy, prompt, attention_mask):
     def static():
         return loop(policy, *both, StaticCache(config=policy.config, max_cache_len=P + T))
 
-    ways = {
+    return {
         "remax.rollout": rollout,
         "without asking whether all are done": dynamic,
         "static cache": static,
+        "static cache and CUDA graph": Captured(policy, *both),
     }
-    if prompt.is_cuda:
-        ways["static cache and CUDA graph"] = Captured(policy, *both)
-    return ways
 
 
 def decoding(policy, prompt, attention_mask, repeats):
@@ -273,7 +271,7 @@ def main():
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": "python data/experiments/gpu_step.py",
+        "command": " ".join(["python data/experiments/gpu_step.py", *sys.argv[1:]]),
     }
     inputs = policy, prompt, attention_mask, args.repeats
     with open(ROOT / "data/results/gpu_step.jsonl", "w", buffering=1) as file:
