@@ -1871,6 +1871,8 @@ def main(argv=None):
         run.save_model()
         print_summary(run.folder / "metrics.jsonl")
         print(f"the trained model is in {args.output_dir}/model")
+    if dist.is_initialized():
+        dist.destroy_process_group()  # nccl warns of a process that ends without it
 
 
 if __name__ == "__main__":

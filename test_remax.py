@@ -497,7 +497,8 @@ def on_the_cpu():
     """All tests run on the CPU, here and in the processes they start, but for those marked cuda."""
     with pytest.MonkeyPatch.context() as patch:
         if HAS_CUDA:
-            torch.cuda.init()  # this process keeps its GPU
+            torch.cuda.init()
+            torch.cuda.device_count()  # remembered from now on: this process keeps its GPU
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
@@ -1163,7 +1164,8 @@ def test_cuda_gradient_checkpointing_changes_no_update():
 def test_cuda_gradients_of_padded_rows_are_finite():
     """With cuDNN's attention they are not, on an H100: at 192 tokens, with a mask, in 16 bits."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # as Run does
-    policy = make("gpt2", n_positions=256).cuda()
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=128, vocab_size=31)
+    policy = AutoModelForCausalLM.from_config(config).cuda()
     prompt = torch.full((4, 64), 5, device="cuda")
     attention_mask = torch.ones_like(prompt)
     attention_mask[::2, :8] = 0

@@ -8,7 +8,9 @@ DistilBERT as reward model, gradient checkpointing, bfloat16. It measures
   - remax.rollout alone, beside three loops that it could be: without asking after every token
     whether all rows are done; with a static cache; with a static cache and each token's work
     captured as one CUDA graph;
-  - remax.remax_step: seconds by phase, with 8 and with 32 rows in a backward pass.
+  - remax.remax_step: seconds by phase, with 8 and with 32 rows in a backward pass;
+  - the ten kernels that take most of a step's time on the GPU, in a step of 8 new tokens (a profile
+    of all 128 takes many minutes to put together).
 Each time is the median of several repeats, after one to warm up.
 """
 
@@ -40,6 +42,7 @@ GPT2_LARGE = GPT2Config(n_embd=1280, n_layer=36, n_head=20, **NO_DROPOUT)
 B, P, T = 64, 64, 128
 NO_EOS, PAD = -1, 0
 MICRO_BATCH_SIZES = (8, 32)
+PROFILED_TOKENS = 8
 
 
 def seconds(function, repeats):
@@ -196,8 +199,32 @@ def decoding(policy, prompt, attention_mask, repeats):
             }
 
 
-def step_by_phase(policy, prompt, attention_mask, repeats):
-    """Yield a row of seconds by phase for each micro-batch size."""
+def profile(call):
+    """The seconds of a call by the clock and on the GPU, and its ten most expensive kernels."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+        wall_seconds = time.perf_counter() - start
+    kernels = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    return {
+        "wall_seconds": wall_seconds,
+        "kernel_seconds": sum(kernel.self_device_time_total for kernel in kernels) / 1e6,
+        "kernels": [
+            {
+                "name": kernel.key[:100],
+                "seconds": kernel.self_device_time_total / 1e6,
+                "calls": kernel.count,
+            }
+            for kernel in kernels[:10]
+        ],
+    }
+
+
+def steps(policy, prompt, attention_mask, repeats):
+    """Yield a row of seconds by phase for each micro-batch size, then a profile."""
     device = prompt.device
     reference = AutoModelForCausalLM.from_config(policy.config, dtype=DTYPE).to(device).eval()
     reference.requires_grad_(False)
@@ -213,7 +240,7 @@ def step_by_phase(policy, prompt, attention_mask, repeats):
         ids = torch.cat([prompt.repeat(2, 1), responses], 1) % 30000  # (2B,P+T)
         return classifier(ids).logits[:, -1].float()
 
-    def step(micro_batch_size):
+    def step(micro_batch_size, new_tokens=T):
         return remax.remax_step(
             policy,
             reference,
@@ -224,7 +251,7 @@ def step_by_phase(policy, prompt, attention_mask, repeats):
             attention_mask,
             eos_id=NO_EOS,
             pad_id=PAD,
-            max_new_tokens=T,
+            max_new_tokens=new_tokens,
             greedy=True,
             kl_coef=0.01,
             micro_batch_size=micro_batch_size,
@@ -244,6 +271,8 @@ def step_by_phase(policy, prompt, attention_mask, repeats):
         row["skipped"] = sum(step_figures["skipped"] for step_figures in figures)
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         yield row
+    what = f"profile of remax_step with {PROFILED_TOKENS} new tokens"
+    yield {"what": what} | profile(lambda: step(max(MICRO_BATCH_SIZES), PROFILED_TOKENS))
 
 
 def main():
@@ -275,7 +304,7 @@ def main():
     }
     inputs = policy, prompt, attention_mask, args.repeats
     with open(ROOT / "data/results/gpu_step.jsonl", "w", buffering=1) as file:
-        for row in itertools.chain(decoding(*inputs), step_by_phase(*inputs)):
+        for row in itertools.chain(decoding(*inputs), steps(*inputs)):
             file.write(json.dumps(row | about) + "\n")
             print(json.dumps(row), flush=True)
 

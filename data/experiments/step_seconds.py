@@ -18,6 +18,7 @@ checkpointing on, --micro rows in a backward pass on all sides, and the peak of 
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -177,7 +178,8 @@ def measure(size, tokenizer, prompts, args, folder):
                     return remax_round(model, prompts, args, folder)
                 return trl_round(kind, model, tokenizer, prompts, args, folder)
 
-            number, peak_gb[kind] = peak_gb_of(args.device, call)
+            with contextlib.redirect_stdout(sys.stderr):  # the rows alone go to standard output
+                number, peak_gb[kind] = peak_gb_of(args.device, call)
             numbers.append(number)
             print(f"{size} {kind}: {number:.3f} s, {peak_gb[kind]} GB", file=sys.stderr)
     ratios = {
