@@ -96,8 +96,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
     logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
     With greedy=False greedy_response is (0,T).
-    Raises ValueError for a model that does not cache every earlier token (Mamba, RWKV, BERT):
-    decoding token by token would lose them.
+    Raises ValueError for a model without a cache (RWKV, BERT): token by token, it would forget.
 
     Why not generate()? By default it samples from the 50 likeliest tokens (transformers#38549) and
     obeys the checkpoint's generation_config (trl#5783), and it cannot draw one row and decode
@@ -108,14 +107,6 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     if greedy:
         prompt = prompt.repeat(2, 1)  # (N,P)
         attention_mask = attention_mask.repeat(2, 1)  # (N,P)
-
-    def tokens_in(cache):
-        if cache is None:
-            return 0
-        try:
-            return cache.get_seq_length()
-        except (AttributeError, ValueError):  # it counts no tokens, as Mamba's
-            return 0
 
     cache = None
     new_tokens = prompt  # what the model reads next: (N,P), and from then on (N,1)
@@ -133,7 +124,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             logits_to_keep=1,
         )
         cache = getattr(output, "cache", None)
-        if tokens_in(cache) < attention_mask.size(1):
+        if cache is None:
             raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
 
         logits = output.logits[:, -1].float()  # (N,V)
@@ -422,29 +413,47 @@ def remax_step(
     scaler.update()
     optimizer.zero_grad()
 
-    # ---- diagnostics only below: means over the whole batch ----
-    # Under torchrun every batch_mean() waits for the other processes.
+    # What the step tells of itself. What was not computed is None.
+    figures = step_figures(
+        response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
+    )
+    if not greedy:
+        figures["greedy_reward"] = None
+    if reference is None:
+        figures["kl"] = None
+    figures["grad_norm"] = grad_norm.item()
+    figures["skipped"] = float(not grad_norm.isfinite())
+    figures["rollout_seconds"] = rollout_time - start_time
+    figures["score_seconds"] = score_time - rollout_time
+    figures["update_seconds"] = time.perf_counter() - score_time
+    return figures
+
+
+def step_figures(
+    response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
+):
+    """What a step tells of itself, name -> number. Nothing in here changes the update.
+
+    response, mask and the three logprobs: (B,T); reward, baseline: (B,). Each figure is a mean over
+    the whole batch, in nats where it is made of logprobs. Under torchrun every batch_mean() waits
+    for the other processes.
+    """
     tokens = mask.sum(1)  # (B,)
     mean_tokens = batch_mean(tokens)
-    kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
+    kl = (logprobs - ref_logprobs).sum(1)  # (B,): both are 0 where masked
     difference = ((logprobs - sampling_logprobs).abs() * mask).sum(1)  # (B,)
     loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
     return {
         "reward": batch_mean(reward),
-        "greedy_reward": batch_mean(baseline) if greedy else None,
+        "greedy_reward": batch_mean(baseline),
         "advantage": batch_mean(reward - baseline),
         "zero_advantage": batch_mean(reward == baseline),
-        "kl": batch_mean(kl) if reference is not None else None,
+        "kl": batch_mean(kl),
         "entropy": batch_mean(-logprobs.sum(1)) / mean_tokens,
         "tokens": mean_tokens,
         "eos": batch_mean((response == eos_id).any(1)),
         "sampling_logp_difference": batch_mean(difference) / mean_tokens,
         "loss": batch_mean(loss),
-        "grad_norm": grad_norm.item(),
-        "skipped": float(not grad_norm.isfinite()),
-        "rollout_seconds": rollout_time - start_time,
-        "score_seconds": score_time - rollout_time,
-        "update_seconds": time.perf_counter() - score_time,
     }
 
 
@@ -502,6 +511,15 @@ def fail(reason, args, *names):
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(flags)}")
 
 
+def true_error(error):
+    """The error that says what is wrong, where a library hides it behind one that does not."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+        return error.__cause__  # a bad line of a file
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__  # a full disk: torch.save says "unexpected pos"
+    return error
+
+
 @contextmanager
 def exit_on_bad_input(args, *names):
     """Call fail() with these flags, in place of a traceback, if the block raises BAD_INPUT.
@@ -513,10 +531,8 @@ def exit_on_bad_input(args, *names):
     except torch.OutOfMemoryError:
         raise  # it is a RuntimeError too, but main() knows the remedies
     except BAD_INPUT as error:
-        true_error = error
-        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            true_error = error.__cause__  # it says what is wrong with the file
-        reason = str(true_error).strip() or type(true_error).__name__
+        error = true_error(error)
+        reason = str(error).strip() or type(error).__name__
         fail(reason.splitlines()[0], args, *names)
 
 
@@ -1104,9 +1120,10 @@ def sha256_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def flags_to_compare(args):
+def flags_to_compare(args, dtype):
     """The flags as texts, for --resume to compare: name -> text."""
     flags = {name: as_text(value) for name, value in vars(args).items()}
+    flags["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files count by their content: they may have been edited since, or moved.
     if Path(args.prompts).is_file():
         flags["prompts"] = f"{Path(args.prompts).name} with the sha256 {sha256_of(args.prompts)}"
@@ -1153,6 +1170,13 @@ def read_checkpoint(args, flags, path):
     return checkpoint
 
 
+def drop_later_rows(metrics, checkpoint):
+    """Cut off the rows of steps that were taken after the checkpoint: they are taken again."""
+    size = os.fstat(metrics.fileno()).st_size
+    # Not beyond its end: that would fill up a file that was cut by hand.
+    metrics.truncate(min(size, checkpoint["metrics_bytes"]))
+
+
 def refuse_old_run(args, folder):
     """Raise ValueError if the folder of a new run holds another run."""
     if (folder / "checkpoint.pt").exists():
@@ -1167,22 +1191,11 @@ def refuse_old_run(args, folder):
         )
 
 
-@contextmanager
-def true_error_of_torch():
-    """On a full disk torch.save raises RuntimeError("unexpected pos"): raise what it hides."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
 def save_checkpoint(path, checkpoint):
     """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
     unfinished = path.with_suffix(".new")
     try:
-        with true_error_of_torch(), open(unfinished, "wb") as file:
+        with open(unfinished, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -1205,28 +1218,18 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number = None
+        self.process = os.getpid()
         self.numbers = stop_signals()
         for number in self.numbers:
             signal.signal(number, self.receive)
-        self.register_fork_handlers()
-
-    def register_fork_handlers(self):
-        """See to it that SIGTERM ends a child that a reward function has forked.
-
-        A child inherits receive(), which would only make a note of the SIGTERM that
-        Process.terminate() sends. So:
-          1. Before the fork signals are held back, so that none comes too early for the child.
-          2. The child sets handlers of its own.
-          3. Child and parent let the signals come again.
-        """
         if hasattr(os, "register_at_fork"):  # Windows has no fork
-            os.register_at_fork(
-                before=self.hold_signals,
-                after_in_parent=self.release_signals,
-                after_in_child=self.set_handlers_of_child,
-            )
+            os.register_at_fork(after_in_child=self.set_handlers_of_child)
 
     def receive(self, number, frame):
+        if os.getpid() != self.process:  # a child that has no handlers of its own yet
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.signal_number is not None:  # the second signal
             # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
             os._exit(128 + number)
@@ -1237,26 +1240,23 @@ class StopRequest:
         else:
             self.silence_output()
 
-    def silence_output(self):
-        """The terminal is gone, and printing to it would fail."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)  # standard output
-        os.dup2(nowhere, 2)  # standard error
-
-    def hold_signals(self):
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
-
-    def release_signals(self):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
-
     def set_handlers_of_child(self):
-        """SIGTERM ends the child. It ignores the others: the parent needs it to finish the step."""
+        """For a process that a reward function forks: it would go on with receive().
+
+        SIGTERM ends it, as Process.terminate() means it to. It ignores the other signals, which a
+        terminal sends to it too: the run needs its answer to finish the step.
+        """
         for number in self.numbers:
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
             else:
                 signal.signal(number, signal.SIG_IGN)
-        self.release_signals()
+
+    def silence_output(self):
+        """The terminal is gone, and printing to it would fail."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # standard output
+        os.dup2(nowhere, 2)  # standard error
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
@@ -1285,29 +1285,20 @@ class Run:
     def __init__(self, args):
         """Check and load everything, cheap things first."""
         self.args = args
-        self.flags = flags_to_compare(args)  # read now: the files may be edited during the run
         self.steps_done = 0
         self.steps_in_a_row = collections.Counter()  # problem -> the steps that it has lasted
         self.choose_machine()
-        self.flags["precision"] = str(self.dtype)  # on another device auto may be another dtype
+        self.flags = flags_to_compare(args, self.dtype)  # now: the files may change during the run
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
-        checkpoint = None
-        with exit_on_bad_input(args, "output_dir"):
-            self.open_folder()
-            if args.resume:
-                checkpoint = self.continue_old_run()
-            elif self.rank == 0:
-                refuse_old_run(args, self.folder)
-            self.write_args()
+        checkpoint = self.open_folder()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype, self.device)
         self.say_how_chats_are_scored()
         self.load_models()
         if checkpoint is not None:
-            with exit_on_bad_input(args, "output_dir", "model"):
-                self.restore(checkpoint)
+            self.restore(checkpoint)
         self.announce()
         use_one_thread_if_small(self.policy)
 
@@ -1327,24 +1318,22 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
     def open_folder(self):
-        """Lock the folder, before it is read. The first process of torchrun alone writes there."""
-        self.folder = Path(self.args.output_dir).resolve()
-        if self.rank == 0:
-            self.metrics = open_metrics(self.folder)
-
-    def continue_old_run(self):
-        """Return the checkpoint to go on from, and drop the rows of the steps after it."""
-        checkpoint = read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        if self.rank == 0:
-            saved_size = checkpoint["metrics_bytes"]
-            size = (self.folder / "metrics.jsonl").stat().st_size
-            if saved_size < size:  # truncate() would lengthen a file that was cut by hand
-                self.metrics.truncate(saved_size)
+        """Lock the output folder. Returns the checkpoint to go on from, None for a new run."""
+        args = self.args
+        self.folder = Path(args.output_dir).resolve()
+        checkpoint = None
+        with exit_on_bad_input(args, "output_dir"):
+            if self.rank == 0:  # the first process of torchrun alone writes there
+                self.metrics = open_metrics(self.folder)
+            if args.resume:
+                checkpoint = read_checkpoint(args, self.flags, self.folder / "checkpoint.pt")
+            if self.rank == 0:
+                if args.resume:
+                    drop_later_rows(self.metrics, checkpoint)
+                else:
+                    refuse_old_run(args, self.folder)
+                (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
         return checkpoint
-
-    def write_args(self):
-        if self.rank == 0:
-            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
 
     def load_models(self):
         """Policy, reference, optimizer and scaler, on their devices and checked."""
@@ -1377,14 +1366,23 @@ class Run:
             )
 
     def check_cache(self):
-        """Refuse a model that rollout() refuses, before any time is spent."""
-        prompt, attention_mask = collate(self.tokenizer, self.training_rows[:2], self.device)
+        """Draw a few tokens and check them, before any time is spent on a model that fails."""
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        by_length = sorted(self.training_rows, key=lambda row: len(row.prompt_ids))
+        rows = [by_length[0], by_length[-1]]  # so that one is padded
+        prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (2,P)
         self.policy.eval()
         try:
-            rollout(self.policy, prompt, attention_mask, 2, eos_id, pad_id)
+            response, _, logprobs = rollout(
+                self.policy, prompt, attention_mask, 4, eos_id, pad_id, greedy=False
+            )  # (2,T)
         except ValueError as error:
             fail(error, self.args, "model")
+        mask = response_mask(response, eos_id)  # (2,T)
+        with torch.no_grad():
+            full = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (2,T)
+        difference = ((full - logprobs).abs() * mask).sum() / mask.sum()
+        self.check_sampler(difference.item(), torch.float32)
 
     def place_frozen_models(self):
         """Put reference and reward model on the policy's device, or let them come and go."""
@@ -1400,18 +1398,16 @@ class Run:
                 frozen.to(self.device)
 
     def restore(self, checkpoint):
-        """Load weights, optimizer, scaler and step.
-
-        Raises ValueError or RuntimeError if they do not fit.
-        """
-        self.policy.load_state_dict(checkpoint["policy"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        """Load weights, optimizer, scaler and step from a checkpoint."""
+        with exit_on_bad_input(self.args, "output_dir", "model"):
+            self.policy.load_state_dict(checkpoint["policy"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            # The optimizer's load_state_dict() does not compare shapes.
+            for parameter, state in self.optimizer.state.items():
+                if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
+                    raise ValueError("the checkpoint holds the optimizer of another model")
         self.steps_done = checkpoint["step"]
-        # The optimizer's load_state_dict() does not compare shapes.
-        for parameter, state in self.optimizer.state.items():
-            if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
-                raise ValueError("the checkpoint holds the optimizer of another model")
 
     def announce(self):
         """Say in one line what is trained, by what, and where it goes."""
@@ -1563,13 +1559,15 @@ class Run:
         self.log({"step": step, "lr": self.learning_rate(step)} | figures)
         return figures
 
-    def check_sampler(self, figures):
-        """Refuse a model whose decoding with a cache is not what its full forward computes."""
-        difference = figures["sampling_logp_difference"]
-        if math.isnan(difference) or difference > LARGEST_DIFFERENCE[self.dtype]:
+    def check_sampler(self, difference, dtype):
+        """Refuse a model whose decoding with a cache is not what its full forward computes.
+
+        difference: mean |log-prob as drawn - log-prob as trained| in nats a token.
+        """
+        if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:
             reason = (
-                f"sampling_logp_difference is {difference:.2g} nats a token: this model's cached "
-                "decoding is not what its full forward computes"
+                f"sampling_logp_difference is {difference:.2g} nats a token: the cached decoding "
+                f"of {type(self.policy).__name__} is not what its full forward computes"
             )
             fail(reason, self.args, "model", "precision")
 
@@ -1639,7 +1637,7 @@ class Run:
         for step in bar:
             figures = self.train_step(step)
             if step == first_step:
-                self.check_sampler(figures)
+                self.check_sampler(figures["sampling_logp_difference"], self.dtype)
             self.show(bar, step, figures)
             self.warn_of_trouble(figures)
             if figures["skipped"]:

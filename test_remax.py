@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import gzip
+import itertools
 import json
 import math
 import multiprocessing
@@ -261,16 +262,6 @@ FAMILIES = {
             "use_mamba_kernels": False,
         },
     ),
-}
-
-# Their output carries no cache, or one that does not count the tokens it has read.
-REFUSED = {
-    "recurrent_gemma": (
-        "RecurrentGemmaConfig",
-        GROUPED
-        | {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8},
-    ),
-    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     "mamba2": (
         "Mamba2Config",
         {
@@ -282,9 +273,14 @@ REFUSED = {
             "n_groups": 1,
         },
     ),
-    "falcon_mamba": (
-        "FalconMambaConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+
+# Their output carries no cache.
+WITHOUT_CACHE = {
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        GROUPED
+        | {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8},
     ),
     "rwkv": (
         "RwkvConfig",
@@ -293,10 +289,19 @@ REFUSED = {
     "bert": ("BertConfig", SIZES),
 }
 
+# Their output carries a cache, but decoding with it is not what the full forward computes.
+WRONG_CACHE = {
+    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+    "falcon_mamba": (
+        "FalconMambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
+}
+
 
 def make(family, vocab_size=31, seed=0):
     """A random model of a family, small, in float32, loud enough that mistakes show."""
-    config_class, options = (FAMILIES | REFUSED)[family]
+    config_class, options = (FAMILIES | WITHOUT_CACHE | WRONG_CACHE)[family]
     config = getattr(transformers, config_class)(**(NAMES | options | {"vocab_size": vocab_size}))
     remax.turn_off_noise(config)
     torch.manual_seed(seed)
@@ -746,23 +751,10 @@ def test_rollout_without_left_padding():
     assert torch.allclose(logprobs * mask, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", WITHOUT_CACHE)
 def test_a_model_that_keeps_no_cache_is_refused_by_name(family):
     model = make(family)
     with pytest.raises(ValueError, match=f"{type(model).__name__} keeps no cache"):
-        remax.rollout(model, *prompts(), 3, EOS, PAD)
-
-
-def test_a_model_that_is_deaf_to_its_cache_is_refused_by_name(monkeypatch):
-    """Before transformers 5.24 the argument had another name, and **kwargs swallows this one."""
-    model = make("llama")
-    forward = model.forward
-
-    def deaf(*args, cache, **kwargs):
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", deaf)
-    with pytest.raises(ValueError, match="LlamaForCausalLM keeps no cache"):
         remax.rollout(model, *prompts(), 3, EOS, PAD)
 
 
@@ -1538,16 +1530,34 @@ def test_the_console_of_a_run_redirected_to_a_file(fresh_runs):
 def test_a_difference_that_is_no_number_stops_the_run(small, tmp_path):
     run = remax.Run(tiny_args(*small, "--output-dir", tmp_path))
     with pytest.raises(SystemExit, match="sampling_logp_difference is nan"):
-        run.check_sampler({"sampling_logp_difference": math.nan})
+        run.check_sampler(math.nan, torch.float32)
 
 
-def test_a_model_whose_cache_is_wrong_stops_at_the_first_step(tmp_path, monkeypatch, capsys):
-    rollout = remax.rollout
+@pytest.mark.parametrize("family", WRONG_CACHE)
+def test_a_model_whose_cache_is_wrong_is_refused_by_name(family, tmp_path, capsys):
+    AutoTokenizer.from_pretrained(TINY / "policy").save_pretrained(tmp_path / "policy")
+    model = make(family, vocab_size=700)
+    model.save_pretrained(tmp_path / "policy")
+    flags = ["--model", tmp_path / "policy", "--prompts", TINY / "prompts.jsonl"]
+    flags += ["--reward", f"{DATA}/experiments/shifted_reward.py:plus_0"]
+    code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run")
+    assert code == 1
+    assert f"the cached decoding of {type(model).__name__} is not" in said[-2]
+    assert "--model" in said[-1]
+    assert read_metrics(tmp_path / "run") == []  # before any time was spent
+
+
+@pytest.mark.parametrize("right_calls", [0, 1])
+def test_a_wrong_sampler_stops_the_run_before_and_in_its_first_step(
+    right_calls, tmp_path, monkeypatch, capsys
+):
+    rollout, calls = remax.rollout, itertools.count()
 
     def tempered(policy, *args, **kwargs):
-        policy.lm_head.weight.data *= 0.9
+        factor = 0.9 if next(calls) >= right_calls else 1.0
+        policy.lm_head.weight.data *= factor
         result = rollout(policy, *args, **kwargs)
-        policy.lm_head.weight.data /= 0.9
+        policy.lm_head.weight.data /= factor
         return result
 
     monkeypatch.setattr(remax, "rollout", tempered)
@@ -2358,18 +2368,62 @@ def test_a_reward_that_forks_ends(small, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def fork_and_look():
+    remax.StopRequest()
+    child = os.fork()
+    if child == 0:
+        kinds = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        expected = [signal.SIG_DFL, signal.SIG_IGN, signal.SIG_IGN]
+        os._exit([signal.getsignal(kind) for kind in kinds] != expected)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
 def terminated_while_it_begins():
     stop = remax.StopRequest()
-    stop.hold_signals()
-    os.kill(os.getpid(), signal.SIGTERM)
-    stop.set_handlers_of_child()
+    stop.process = -1  # as in a child that was forked an instant ago: this is another process
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(30)
 
 
-def test_a_child_that_is_terminated_before_it_has_its_handlers_ends():
-    child = FORKSERVER.Process(target=terminated_while_it_begins)
-    child.start()
-    child.join(timeout=60)
-    assert child.exitcode == -signal.SIGTERM
+@pytest.mark.parametrize("target, code", [(fork_and_look, 0), (terminated_while_it_begins, 143)])
+def test_a_forked_child_ends_on_sigterm_from_its_birth_on(target, code):
+    process = FORKSERVER.Process(target=target)
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == code
+
+
+WORKING = """
+import multiprocessing
+import os
+import signal
+import time
+
+def work(seconds):
+    time.sleep(seconds)
+    return 1.0
+
+def f(completions, **kwargs):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        if not os.path.exists(__file__ + ".called"):
+            open(__file__ + ".called", "w")
+            os.killpg(os.getpgid(0), signal.SIGINT)  # as a terminal does at Ctrl-C
+        return pool.map(work, [0.2] * len(completions))
+"""
+
+
+def test_ctrl_c_leaves_the_forked_children_of_a_reward_at_work(small, tmp_path):
+    (tmp_path / "working.py").write_text(WORKING)
+    flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
+    done = subprocess.run(
+        [sys.executable, remax.__file__, *map(str, flags), "--output-dir", tmp_path / "new"],
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "stopped after step 1" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_a_reward_may_change_the_working_directory(small, tmp_path):
@@ -2681,7 +2735,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "torch.multinomial(logits[B:].softmax(-1), 1)", "generate"),
     ("sampler's log-probs of another token", "probabilities.gather(1, sampled)",
      "probabilities.gather(1, probabilities.argmax(1, keepdim=True))", "rollout_is_the_policy"),
-    ("no cache, no refusal", "if tokens_in(cache) < attention_mask.size(1):", "if False:",
+    ("no cache, no refusal", "        if cache is None:\n", "        if False:\n",
      "keeps_no_cache"),
     ("reward scored on prompt + response twice", "text[len(row.prompt_text) :]", "text",
      "aligned"),
@@ -2704,7 +2758,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("resume that restarts the learning rate", "progress = (step - 1) / self.args.steps",
      "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
-     "self.metrics.truncate(saved_size)", "pass", "cut_off"),
+     'metrics.truncate(min(size, checkpoint["metrics_bytes"]))', "pass", "cut_off"),
     ("resume with other mathematics", "if flags.get(name) == old or name in MAY_CHANGE:",
      "if True:", "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
@@ -2713,9 +2767,12 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
-    ("child that ignores SIGTERM for an instant", "if number == signal.SIGTERM:",
-     "signal.signal(number, signal.SIG_IGN)\n            if number == signal.SIGTERM:",
-     "before_it_has_its_handlers"),
+    ("child that ignores SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
+     "from_its_birth"),
+    ("child that is born deaf to SIGTERM", "if os.getpid() != self.process:", "if False:",
+     "from_its_birth"),
+    ("child that Ctrl-C ends", "signal.signal(number, signal.SIG_IGN)",
+     "signal.signal(number, signal.SIG_DFL)", "forked_children"),
     ("stop that saves nothing", "must_stop = is_stuck or signal_number != 0",
      "must_stop = is_stuck", "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
@@ -2747,8 +2804,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "changed_file"),
     ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
      "figures_are"),
-    ("logged loss scaled wrongly", '"loss": batch_mean(loss)', '"loss": batch_mean(loss) / B',
-     "figures_are"),
+    ("logged loss scaled wrongly", '"loss": batch_mean(loss)',
+     '"loss": batch_mean(loss) / len(mask)', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
@@ -2758,8 +2815,13 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoints at other steps", "step % args.save_every == 0", "step % args.eval_every == 0",
      "when_asked_for"),
     ("sampler not checked",
-     "if math.isnan(difference) or difference > LARGEST_DIFFERENCE[self.dtype]:", "if False:",
+     "if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:", "if False:",
      "cache_is_wrong"),
+    ("sampler not checked before the run", "self.check_sampler(difference.item(), torch.float32)",
+     "pass", "cache_is_wrong"),
+    ("sampler not checked in the first step",
+     'self.check_sampler(figures["sampling_logp_difference"], self.dtype)', "pass",
+     "wrong_sampler"),
     ("gradients not averaged", "        average_over_processes(parameter.grad)\n",
      "        pass\n",
      "update_of_one"),
@@ -2859,7 +2921,7 @@ def quoted_rows():
     """The rows of the README's tables, made from the logs."""
     rows = []
     for experiment, names in (
-        ("smollm2", ("ReMax", "REINFORCE (`--baseline none`)")),
+        ("smollm2", ("ReMax, half the batch", "REINFORCE, half the batch")),
         ("tiny", ("ReMax", "REINFORCE")),
     ):
         for name, arm in zip(names, ("remax", "reinforce"), strict=True):
@@ -2869,9 +2931,10 @@ def quoted_rows():
             rows.append(f"| {name} | {' | '.join(cells)} |")
     for arm, name in (("remax", "ReMax"), ("reinforce", "REINFORCE")):
         logs = arm_logs("smollm2_gpu", arm)
-        cells = [in_table(spread(logs, column, step=75)) for column in EVALUATED]
+        cells = [in_table(spread(logs, column)) for column in EVALUATED]
         cells += [in_table(spread(logs, "grad_norm", last=20), 1)]
-        rows.append(f"| {name}, default batch | {' | '.join(cells)} |")
+        flag = " (`--baseline none`)" if arm == "reinforce" else ""
+        rows.append(f"| {name}{flag} | {' | '.join(cells)} |")
         for c in 0, 5:
             logs = arm_logs("shift", f"{arm}-{c}")
             early, late = (spread(logs, "reward", step=15), spread(logs, "eval_reward"))
@@ -2936,9 +2999,14 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
     (beside_trl,) = read_results("gpu.jsonl")
     seconds = beside_trl["seconds"]
-    decoding = [row["seconds"] for row in read_results("gpu_step.jsonl") if "seconds" in row]
+    start_on_gpu = on_gpu[0][0]
+    gpu_steps = read_results("gpu_step.jsonl")
+    decoding = [row["seconds"] for row in gpu_steps if "seconds" in row]
+    small_parts, large_parts = (row for row in gpu_steps if "update_seconds" in row)
+    profile = gpu_steps[-1]
     for sentence in (
         f"| before | {before['eval_reward']:.2f} | {before['eval_greedy_reward']:.2f} | 0 |",
+        "| before | {eval_reward:.2f} | {eval_greedy_reward:.2f} | 0 | |".format(**start_on_gpu),
         f"the KL ends at {strict[-1]['eval_kl']:.1f} in place of {after['eval_kl']:.1f}, and the "
         f"reward at {strict[-1]['eval_reward']:.2f} in place of {after['eval_reward']:.2f}",
         f"went from {first['eval_greedy_reward']:.0%} to {last['eval_greedy_reward']:.0%} right",
@@ -2957,9 +3025,11 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"below {math.ceil(difference * 100) / 100} nats",
         f"took {seconds['ReMax']:.1f} seconds on that H200. TRL's RLOO took {seconds['RLOO']:.1f} "
         f"seconds for the same work, and GRPO {seconds['GRPO']:.1f}",
-        f"`rollout` took {decoding[0]:.1f} seconds, and {decoding[4]:.1f} on a machine",
-        f"With a static cache it took {decoding[2]:.1f}, with each token captured as a CUDA graph "
-        f"{decoding[3]:.1f}",
+        f"kernels took {profile['kernel_seconds']:.2f} of {profile['wall_seconds']:.2f} seconds",
+        f"`rollout` took {decoding[0]:.1f} seconds, with a static cache {decoding[2]:.1f}, and "
+        f"with each token captured as a CUDA graph {decoding[3]:.1f}",
+        f"the update took {large_parts['update_seconds']:.1f} seconds in place of "
+        f"{small_parts['update_seconds']:.1f}",
         f"in {len(FAMILIES)} model families",
         f"makes {len(MISTAKES)} typical mistakes",
         f"in {len(SABOTAGE)} ways",
@@ -2984,23 +3054,24 @@ def test_the_memory_and_disk_of_the_readme_are_the_logs_and_12_bytes_a_parameter
         assert f"| {name} | {' | '.join(cells)} |" in README
 
 
-def test_each_seed_of_remax_ends_with_better_greedy_responses():
+def test_each_seed_of_remax_ends_with_a_higher_reward():
     """The README says so of the real model."""
     ends = {}
     for arm in "remax", "reinforce":
-        ends[arm] = [log[-1]["eval_greedy_reward"] for log in arm_logs("smollm2", arm)]
+        ends[arm] = [log[-1]["eval_reward"] for log in arm_logs("smollm2_gpu", arm)]
     assert min(ends["remax"]) > max(ends["reinforce"])
 
 
 def test_the_samples_of_the_readme_are_those_of_the_run():
-    console = " ".join((DATA / "results/smollm2/remax-1.txt").read_text().split())
-    (samples,) = re.findall(r"ReMax, seed 1\):\n\n(.*?)\n\n- ", README, re.S)
-    texts = re.findall(r"\((-?\d\.\d+)\):\n(.*?)(?=\n +(?:before|after) \(|\n\n|$)", samples, re.S)
+    console = (DATA / "results/smollm2_gpu/remax-1.txt").read_text()
+    console = " ".join(console.replace("\\n", " ").split())
+    (samples,) = re.findall(r"ReMax, seed 1\):\n\n(.*?)\n\nAll three", README, re.S)
+    end = r"(?=\n +after \(|\n\n|$)"
+    texts = re.findall(r"\((-?\d\.\d+)\):\n(.*?)" + end, samples, re.S)
     assert len(texts) == 6
     for reward, text in texts:
-        words = " ".join(text.split())
         assert reward in console
-        assert words[:60] in console.replace("\\n", " ").replace("  ", " "), words
+        assert " ".join(text.split()) in console, text
 
 
 def test_the_console_of_the_readme_is_that_of_the_run():

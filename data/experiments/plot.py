@@ -89,18 +89,17 @@ def line(ax, runs, key, label, colour, style, minus=0.0, **options):
 
 
 def draw_real_model(ax):
-    """SmolLM2: lines are the sampled responses in training, markers the greedy held-out ones."""
+    """SmolLM2: lines are the training batches, markers the evaluations on held-out prompts."""
     for arm, colour, style, marker in (
         ("ReMax", COLOURS[0], "-", "o"),
         ("REINFORCE", COLOURS[1], "--", "s"),
     ):
-        runs = logs("smollm2", arm.lower())
-        line(ax, runs, "reward", f"{arm}, sampled response", colour, style)
-        steps, mean, sd = curve(runs, "eval_greedy_reward")
-        ax.errorbar(
-            steps, mean, sd, fmt=marker, color=colour, capsize=3, label=f"{arm}, greedy response"
-        )
-    ax.set_title("A real model: SmolLM2-135M, 3 seeds")
+        runs = logs("smollm2_gpu", arm.lower())
+        line(ax, runs, "reward", f"{arm}, training", colour, style)
+        steps, mean, sd = curve(runs, "eval_reward")
+        label = f"{arm}, held out"
+        ax.errorbar(steps, mean, sd, fmt=marker, color=colour, capsize=3, label=label)
+    ax.set_title("A real model: SmolLM2-135M, 5 seeds")
     ax.set_ylabel("reward")
     ax.legend(loc="lower right")
 
