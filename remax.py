@@ -1080,13 +1080,13 @@ def use_one_thread_if_small(policy):
 def offload(frozen, policy, device):
     """Keep a frozen model's weights in CPU memory while the policy is at work.
 
-    Each call of the frozen model fetches them, the policy's next call puts them away.
+    torch calls a forward pre-hook, with the module and its inputs, before it runs the module.
     """
 
-    def fetch(*_):
+    def fetch(module, inputs):
         frozen.to(device)
 
-    def put_away(*_):
+    def put_away(module, inputs):
         if frozen.device.type != "cpu":
             frozen.to("cpu")
 
