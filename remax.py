@@ -1213,23 +1213,48 @@ def stop_signals():
     return numbers
 
 
+def give_children_own_handlers(numbers):
+    """See to it that SIGTERM ends a process that a reward function has forked.
+
+    A child inherits the run's handlers, which make a note of a signal and go on. So it would
+    survive Process.terminate(). Around a fork the signals are held back, as Python forgets those
+    that reach a child before it has handlers of its own.
+    """
+
+    def hold_signals():
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def release_signals():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def set_handlers_of_child():
+        for number in numbers:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)  # it ends the child
+            else:
+                # A terminal sends these to the child too. The run needs its answer.
+                signal.signal(number, signal.SIG_IGN)
+        release_signals()
+
+    os.register_at_fork(
+        before=hold_signals,
+        after_in_parent=release_signals,
+        after_in_child=set_handlers_of_child,
+    )
+
+
 class StopRequest:
     """Remembers a stop signal until the step is done. A second one ends the run at once."""
 
     def __init__(self):
         self.signal_number = None
-        self.process = os.getpid()
-        self.numbers = stop_signals()
-        for number in self.numbers:
+        numbers = stop_signals()
+        for number in numbers:
             signal.signal(number, self.receive)
         if hasattr(os, "register_at_fork"):  # Windows has no fork
-            os.register_at_fork(after_in_child=self.set_handlers_of_child)
+            give_children_own_handlers(numbers)
 
     def receive(self, number, frame):
-        if os.getpid() != self.process:  # a child that has no handlers of its own yet
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
         if self.signal_number is not None:  # the second signal
             # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
             os._exit(128 + number)
@@ -1239,18 +1264,6 @@ class StopRequest:
             os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
         else:
             self.silence_output()
-
-    def set_handlers_of_child(self):
-        """For a process that a reward function forks: it would go on with receive().
-
-        SIGTERM ends it, as Process.terminate() means it to. It ignores the other signals, which a
-        terminal sends to it too: the run needs its answer to finish the step.
-        """
-        for number in self.numbers:
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-            else:
-                signal.signal(number, signal.SIG_IGN)
 
     def silence_output(self):
         """The terminal is gone, and printing to it would fail."""

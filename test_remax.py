@@ -2368,29 +2368,22 @@ def test_a_reward_that_forks_ends(small, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def fork_and_look():
+def terminated_at_birth():
+    """SIGTERM comes before Python has made the child ready."""
     remax.StopRequest()
-    child = os.fork()
-    if child == 0:
-        kinds = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        expected = [signal.SIG_DFL, signal.SIG_IGN, signal.SIG_IGN]
-        os._exit([signal.getsignal(kind) for kind in kinds] != expected)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
 
 
-def terminated_while_it_begins():
-    stop = remax.StopRequest()
-    stop.process = -1  # as in a child that was forked an instant ago: this is another process
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(30)
-
-
-@pytest.mark.parametrize("target, code", [(fork_and_look, 0), (terminated_while_it_begins, 143)])
-def test_a_forked_child_ends_on_sigterm_from_its_birth_on(target, code):
-    process = FORKSERVER.Process(target=target)
+def test_a_forked_child_ends_on_sigterm_from_its_birth_on():
+    process = FORKSERVER.Process(target=terminated_at_birth)
     process.start()
-    process.join(timeout=60)
-    assert process.exitcode == code
+    process.join(timeout=25)
+    assert process.exitcode == 0
 
 
 WORKING = """
@@ -2398,6 +2391,8 @@ import multiprocessing
 import os
 import signal
 import time
+
+os.setpgid(0, 0)  # a group of its own: Ctrl-C is for the run, and not for pytest
 
 def work(seconds):
     time.sleep(seconds)
@@ -2415,12 +2410,7 @@ def f(completions, **kwargs):
 def test_ctrl_c_leaves_the_forked_children_of_a_reward_at_work(small, tmp_path):
     (tmp_path / "working.py").write_text(WORKING)
     flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
-    done = subprocess.run(
-        [sys.executable, remax.__file__, *map(str, flags), "--output-dir", tmp_path / "new"],
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
+    done = Child(*flags, "--output-dir", tmp_path / "run").wait()
     assert done.returncode == 130, done.stderr
     assert "stopped after step 1" in done.stdout
     assert "Traceback" not in done.stderr
@@ -2768,8 +2758,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
     ("child that ignores SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
-     "from_its_birth"),
-    ("child that is born deaf to SIGTERM", "if os.getpid() != self.process:", "if False:",
+     "reward_that_forks"),
+    ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
      "from_its_birth"),
     ("child that Ctrl-C ends", "signal.signal(number, signal.SIG_IGN)",
      "signal.signal(number, signal.SIG_DFL)", "forked_children"),
