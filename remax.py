@@ -73,6 +73,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 import transformers
 from safetensors import SafetensorError  # comes with transformers
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -109,16 +110,16 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         attention_mask = attention_mask.repeat(2, 1)  # (N,P)
 
     cache = None
-    new_tokens = prompt  # what the model reads next: (N,P), and from then on (N,1)
+    next_input = prompt  # what the model reads next: (N,P), and from then on (N,1)
+    # Padding is no position: the first real token of each row is at 0.
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P), those of next_input
     done = torch.zeros(N, 1, dtype=torch.bool, device=prompt.device)  # (N,1)
     tokens, logprobs = [], []
     for _ in range(max_new_tokens):
-        # Padding is no position: the first real token of each row is at 0.
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P+t)
         output = policy(
-            new_tokens,
+            next_input,
             attention_mask=attention_mask,
-            position_ids=positions[:, -new_tokens.size(1) :],  # those of the new tokens
+            position_ids=positions,
             cache=cache,  # transformers 5.24 renamed past_key_values
             use_cache=True,
             logits_to_keep=1,
@@ -131,10 +132,10 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         probabilities = logits[:B].softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
         logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
-        new_tokens = sampled
+        new_tokens = sampled  # (B,1)
         if greedy:
-            best = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
-            new_tokens = torch.cat([sampled, best])  # (N,1)
+            likeliest = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
+            new_tokens = torch.cat([sampled, likeliest])  # (N,1)
 
         # A row that is done goes on with padding until all are done. Its results are not used.
         new_tokens = new_tokens.masked_fill(done, pad_id)  # (N,1)
@@ -142,6 +143,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         done = done | (new_tokens == eos_id)
         if done.all():
             break
+        next_input = new_tokens  # (N,1)
+        positions = positions[:, -1:] + 1  # (N,1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(new_tokens)], 1)  # (N,P+t+1)
     responses = torch.cat(tokens, 1)  # (N,T)
     greedy_response = responses[B:]  # (0,T) without greedy rows
@@ -183,11 +186,10 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 
     def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
-        all_logprobs = row_logits.float().log_softmax(-1)  # (T,V)
-        return all_logprobs.gather(1, row_tokens[:, None])[:, 0]
+        return -cross_entropy(row_logits.float(), row_tokens, reduction="none")
 
-    # float32 copies of all logits would fill the memory. So the rows go one by one. checkpoint()
-    # keeps no copy for the backward pass either, but computes the row again.
+    # This loop is cross_entropy() of all rows in less memory: one float32 copy of a row's logits
+    # at a time. checkpoint() keeps none for the backward pass, but computes the row again.
     logprobs = []
     for row_logits, row_tokens in zip(logits, response, strict=True):
         row = torch.utils.checkpoint.checkpoint(
@@ -250,35 +252,37 @@ def weights_as(model, dtype):
             parameter.data = own
 
 
-class Part(NamedTuple):
-    """Some rows of a batch, cut to the longest prompt (part_P) and response (part_T) among them."""
+class Rollout(NamedTuple):
+    """N sampled responses, with what belongs to each of them."""
 
-    rows: torch.Tensor  # (N,): their indices in the batch
-    prompt: torch.Tensor  # (N,part_P)
-    attention_mask: torch.Tensor  # (N,part_P)
-    response: torch.Tensor  # (N,part_T)
-    mask: torch.Tensor  # (N,part_T)
+    prompt: torch.Tensor  # (N,P)
+    attention_mask: torch.Tensor  # (N,P)
+    response: torch.Tensor  # (N,T)
+    mask: torch.Tensor  # (N,T)
+    sampling_logprobs: torch.Tensor  # (N,T)
+    reward: torch.Tensor  # (N,)
+    baseline: torch.Tensor  # (N,)
 
 
-def micro_batches(prompt, attention_mask, response, mask, size):
-    """Cut a batch into parts of at most `size` rows, which go through the models one by one.
+def micro_batches(batch, size):
+    """Cut a Rollout into Rollouts of at most `size` rows, which go through the models in turn.
 
     Padding costs as much as tokens. So responses of similar length go together, and each part is
-    cut to its longest prompt and response.
-
-    prompt, attention_mask: (B,P); response, mask: (B,T). Returns a list of Parts.
+    cut to the longest prompt and the longest response among its rows.
     """
     parts = []
-    rows_by_length = mask.sum(1).argsort()  # (B,)
+    rows_by_length = batch.mask.sum(1).argsort()  # (N,): those of the shortest responses first
     for rows in rows_by_length.split(size):
-        longest_prompt = attention_mask[rows].sum(1).max().item()
-        longest_response = mask[rows].sum(1).max().item()
-        part = Part(
-            rows,
-            prompt[rows, -longest_prompt:],  # the padding is on the left
-            attention_mask[rows, -longest_prompt:],
-            response[rows, :longest_response],  # the padding is on the right
-            mask[rows, :longest_response],
+        longest_prompt = batch.attention_mask[rows].sum(1).max().item()
+        longest_response = batch.mask[rows].sum(1).max().item()
+        part = Rollout(
+            prompt=batch.prompt[rows, -longest_prompt:],  # the padding is on the left
+            attention_mask=batch.attention_mask[rows, -longest_prompt:],
+            response=batch.response[rows, :longest_response],  # the padding is on the right
+            mask=batch.mask[rows, :longest_response],
+            sampling_logprobs=batch.sampling_logprobs[rows, :longest_response],
+            reward=batch.reward[rows],
+            baseline=batch.baseline[rows],
         )
         parts.append(part)
     return parts
@@ -294,7 +298,7 @@ def average_over_processes(tensor):
 def average_gradients(model):
     """Give every process of torchrun the mean of all processes' gradients.
 
-    DistributedDataParallel would do so for every micro-batch, and wrap the model.
+    DistributedDataParallel would wrap the model, and need no_sync() for all but one micro-batch.
     """
     if not dist.is_initialized():
         return
@@ -309,6 +313,34 @@ def batch_mean(values):
     mean = values.float().mean()
     average_over_processes(mean)
     return mean.item()
+
+
+def batch_means(figures_of_parts):
+    """name -> (N,), of every part of a batch, to name -> the mean over batch and processes."""
+    means = {}
+    for name in figures_of_parts[0]:
+        values = torch.cat([figures[name] for figures in figures_of_parts])  # (B,)
+        means[name] = batch_mean(values)
+    return means
+
+
+def response_figures(part, logprobs, ref_logprobs, eos_id):
+    """What is logged of N responses, name -> (N,). What is made of log-probs is in nats.
+
+    part: a Rollout of N rows; logprobs, ref_logprobs: (N,T), 0 where masked.
+    """
+    difference = (logprobs - part.sampling_logprobs).abs() * part.mask  # (N,T)
+    return {
+        "reward": part.reward,
+        "baseline": part.baseline,
+        "advantage": part.reward - part.baseline,
+        "zero_advantage": part.reward == part.baseline,
+        "kl": (logprobs - ref_logprobs).sum(1),
+        "surprise": -logprobs.sum(1),
+        "tokens": part.mask.sum(1),
+        "eos": (part.response == eos_id).any(1),
+        "difference": difference.sum(1),
+    }
 
 
 def remax_step(
@@ -340,8 +372,9 @@ def remax_step(
     greedy: False leaves the greedy rows out, and b = 0: plain REINFORCE.
     micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
     dtype: what to compute in; the weights stay in float32.
-    Returns the step's figures, name -> number. Under torchrun each process brings B prompts of its
-    own, all make the same update, and the figures are those of the whole batch.
+    Returns the step's figures, name -> number. The policy is left in train() mode.
+    Under torchrun each process brings B prompts of its own, all make the same update, and the
+    figures are those of the whole batch.
     """
     if reference is None and kl_coef > 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
@@ -368,39 +401,35 @@ def remax_step(
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
-    parts = micro_batches(prompt, attention_mask, response, mask, micro_batch_size)
+    batch = Rollout(prompt, attention_mask, response, mask, sampling_logprobs, reward, baseline)
+    parts = micro_batches(batch, micro_batch_size)
 
-    # 4. Reference.
-    ref_logprobs = torch.zeros(mask.shape, device=device)  # (B,T)
-    if reference is not None:
-        for part in parts:
-            part_T = part.mask.size(1)
-            with torch.no_grad(), autocast:
-                ref_logprobs[part.rows, :part_T] = token_logprobs(
-                    reference, part.prompt, part.attention_mask, part.response, part.mask
-                )  # (N,part_T)
-
-    # 5. Gradient. Gradient checkpointing needs train() mode, and so the policy has no dropout.
-    policy.train()
-    logprobs = torch.zeros(mask.shape, device=device)  # (B,T), kept for the figures below
+    # 4. Reference. It has a loop of its own: with --offload it leaves the GPU before step 5.
+    ref_logprobs_of_parts = []
     for part in parts:
-        part_T = part.mask.size(1)
+        ref_logprobs = torch.zeros_like(part.sampling_logprobs)  # (N,T)
+        if reference is not None:
+            with torch.no_grad(), autocast:
+                ref_logprobs = token_logprobs(
+                    reference, part.prompt, part.attention_mask, part.response, part.mask
+                )  # (N,T)
+        ref_logprobs_of_parts.append(ref_logprobs)
+
+    # 5. Gradient. In train() mode, as gradient checkpointing does nothing without it.
+    policy.train()
+    total_loss = torch.zeros((), device=device)
+    figures_of_parts = []
+    for part, ref_logprobs in zip(parts, ref_logprobs_of_parts, strict=True):
         with autocast:
-            part_logprobs = token_logprobs(
+            logprobs = token_logprobs(
                 policy, part.prompt, part.attention_mask, part.response, part.mask
-            )  # (N,part_T)
-        part_loss = remax_loss(
-            part_logprobs,
-            ref_logprobs[part.rows, :part_T],
-            part.mask,
-            reward[part.rows],
-            baseline[part.rows],
-            kl_coef,
-        )
+            )  # (N,T)
+        loss = remax_loss(logprobs, ref_logprobs, part.mask, part.reward, part.baseline, kl_coef)
         # Each part counts by its rows: the micro-batch size does not change the gradient.
-        share = len(part.rows) / B
-        scaler.scale(part_loss * share).backward()
-        logprobs[part.rows, :part_T] = part_logprobs.detach()
+        share_of_loss = loss * len(part.mask) / B
+        scaler.scale(share_of_loss).backward()
+        total_loss += share_of_loss.detach()
+        figures_of_parts.append(response_figures(part, logprobs.detach(), ref_logprobs, eos_id))
 
     # 6. Update. The loss is a sum over tokens, so most gradients are long. Clipping keeps their
     # direction and gives up their length, and with it strict unbiasedness. A gradient that is not
@@ -413,47 +442,24 @@ def remax_step(
     scaler.update()
     optimizer.zero_grad()
 
-    # What the step tells of itself. What was not computed is None.
-    figures = step_figures(
-        response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
-    )
-    if not greedy:
-        figures["greedy_reward"] = None
-    if reference is None:
-        figures["kl"] = None
-    figures["grad_norm"] = grad_norm.item()
-    figures["skipped"] = float(not grad_norm.isfinite())
-    figures["rollout_seconds"] = rollout_time - start_time
-    figures["score_seconds"] = score_time - rollout_time
-    figures["update_seconds"] = time.perf_counter() - score_time
-    return figures
-
-
-def step_figures(
-    response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
-):
-    """What a step tells of itself, name -> number. Nothing in here changes the update.
-
-    response, mask and the three logprobs: (B,T); reward, baseline: (B,). Each figure is a mean over
-    the whole batch, in nats where it is made of logprobs. Under torchrun every batch_mean() waits
-    for the other processes.
-    """
-    tokens = mask.sum(1)  # (B,)
-    mean_tokens = batch_mean(tokens)
-    kl = (logprobs - ref_logprobs).sum(1)  # (B,): both are 0 where masked
-    difference = ((logprobs - sampling_logprobs).abs() * mask).sum(1)  # (B,)
-    loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
+    # ---- diagnostics only below: nothing changes the update ----
+    means = batch_means(figures_of_parts)
     return {
-        "reward": batch_mean(reward),
-        "greedy_reward": batch_mean(baseline),
-        "advantage": batch_mean(reward - baseline),
-        "zero_advantage": batch_mean(reward == baseline),
-        "kl": batch_mean(kl),
-        "entropy": batch_mean(-logprobs.sum(1)) / mean_tokens,
-        "tokens": mean_tokens,
-        "eos": batch_mean((response == eos_id).any(1)),
-        "sampling_logp_difference": batch_mean(difference) / mean_tokens,
-        "loss": batch_mean(loss),
+        "reward": means["reward"],
+        "greedy_reward": means["baseline"] if greedy else None,
+        "advantage": means["advantage"],
+        "zero_advantage": means["zero_advantage"],
+        "kl": means["kl"] if reference is not None else None,
+        "entropy": means["surprise"] / means["tokens"],
+        "tokens": means["tokens"],
+        "eos": means["eos"],
+        "sampling_logp_difference": means["difference"] / means["tokens"],
+        "loss": batch_mean(total_loss),
+        "grad_norm": grad_norm.item(),
+        "skipped": 0.0 if grad_norm.isfinite() else 1.0,
+        "rollout_seconds": rollout_time - start_time,
+        "score_seconds": score_time - rollout_time,
+        "update_seconds": time.perf_counter() - score_time,
     }
 
 

@@ -2678,10 +2678,12 @@ def test_a_batch_that_does_not_divide_is_refused(small, tmp_path, capsys, monkey
 # =================================================================================================
 
 SABOTAGE = [  # what is broken, the line, its broken form, the test that must notice
-    ("position_ids dropped", "        position_ids=positions,\n", "", "padding_changes"),
-    ("positions dropped while decoding",
-     "position_ids=positions[:, -new_tokens.size(1) :],  # those of the new tokens", "",
+    ("position_ids dropped", "        position_ids=positions,\n        use_cache=False",
+     "        use_cache=False", "padding_changes"),
+    ("positions dropped while decoding", "            position_ids=positions,\n", "",
      "rollout_is_the_policy"),
+    ("position that stands still", "positions = positions[:, -1:] + 1",
+     "positions = positions[:, -1:]", "rollout_is_the_policy"),
     ("EOS left out of the mask", "(eos_before == 0)", "(is_eos.cumsum(1) == 0)", "first_eos"),
     ("mask from pad ids", "(eos_before == 0)", "(response != eos_id)", "first_eos"),
     ("KL sign flipped", "(logprobs.detach() - ref_logprobs) * mask",
@@ -2698,7 +2700,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logprobs - ref_logprobs)", "no_gradient"),
     ("token mean", "(logprobs * advantage * mask).sum(1).mean()",
      "(logprobs * advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "share = len(part.rows) / B", "share = 1 / len(parts)",
+    ("per-micro-batch mean", "loss * len(part.mask) / B", "loss / len(parts)",
      "micro_batch_size"),
     ("top_k left at its default", "probabilities = logits[:B].softmax(-1)",
      "probabilities = logits[:B].masked_fill("
@@ -2708,7 +2710,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "poisoned"),
     ("dropout left on", "setattr(config, name, 0.0)", "pass", "no_noise"),
     ("jitter left on", ' or "jitter" in name', "", "no_noise"),
-    ("log-softmax in bf16", "row_logits.float().log_softmax", "row_logits.log_softmax",
+    ("log-softmax in bf16", "cross_entropy(row_logits.float(),", "cross_entropy(row_logits,",
      "taken_in_float32"),
     ("float32 copy of all logits kept",
      "torch.utils.checkpoint.checkpoint(\n"
@@ -2792,10 +2794,11 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "living_run"),
     ("changed prompts file", "hashlib.sha256(Path(path).read_bytes())", "hashlib.sha256()",
      "changed_file"),
-    ("tokens averaged over the wrong axis", "tokens = mask.sum(1)", "tokens = mask.sum(0)",
+    ("tokens averaged over the wrong axis", '"tokens": part.mask.sum(1)',
+     '"tokens": part.mask.float().mean(1)',
      "figures_are"),
-    ("logged loss scaled wrongly", '"loss": batch_mean(loss)',
-     '"loss": batch_mean(loss) / len(mask)', "figures_are"),
+    ("logged loss scaled wrongly", '"loss": batch_mean(total_loss)',
+     '"loss": batch_mean(total_loss) / B', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",

@@ -277,12 +277,10 @@ def step_peaks(model, flags):
     return policy.num_parameters(), peaks_gb, seconds_of(figures)
 
 
-def full_length(prompt, attention_mask, response, mask, size):
+def full_length(batch, size):
     """remax.micro_batches, which cuts each part to its longest row, and so asks for data."""
-    return [
-        remax.Part(rows, prompt[rows], attention_mask[rows], response[rows], mask[rows])
-        for rows in torch.arange(len(prompt)).split(size)
-    ]
+    parts = zip(*(tensor.split(size) for tensor in batch), strict=True)
+    return [remax.Rollout(*tensors) for tensors in parts]
 
 
 def main():
