@@ -199,37 +199,43 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     return torch.stack(logprobs).masked_fill(mask == 0, 0.0)  # (B,T)
 
 
-# Where this loss comes from. The goal is a large E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
+# Where this loss comes from. We maximise E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
 #
-# 1. grad pi = pi * grad log pi, so grad E[r] = sum_y r * grad pi(y|x) = E[r * grad log pi(y|x)].
-#    One drawn y gives an unbiased estimate of it. This is REINFORCE.
-# 2. log pi(y|x) = sum_t log pi(y_t|x,y_<t), as y is drawn token by token. So the loss is a sum over
-#    tokens, and not a mean.
-# 3. sum_y pi(y|x) = 1, so E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0. Multiplied by any
-#    b that is fixed before y is drawn it is still 0. So r - b gives the same expected gradient as
-#    r, with less variance if the rewards of a prompt have much in common. The greedy response is
-#    fixed by x and the weights, and it needs no critic. No gradient goes through b. (b could hold
-#    the KL of the greedy response too. Algorithm 1 leaves it out, and both are unbiased.)
-# 4. In the same way E[f(y_<t) * grad log pi(y_t|x,y_<t)] = 0. The KL that was paid before token t
-#    does not depend on y_t: it would only add noise to its weight, and is left out. r depends on
-#    the whole response, and stays.
-# 5. KL = E[log(pi / pi_ref)]. The drawn y gives an estimate of it, often called k1. It may be
-#    negative. The gradient of the KL has two parts, as pi stands in it twice:
-#    sum_y (grad pi) * log(pi / pi_ref) + sum_y pi * grad log pi. The second part is 0 by 3. The
-#    first is that of a reward log(pi / pi_ref), held constant. So it is subtracted from r.
+#   1. grad E[r] = sum_y r * grad pi(y|x) = E[r * grad log pi(y|x)]   as grad pi = pi * grad log pi
+#   2. log pi(y|x) = sum_t log pi(y_t|x,y_<t)                         so the loss sums over tokens
+#   3. E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0          as sum_y pi(y|x) = 1
+#   4. E[b * grad log pi(y|x)] = b * 0 = 0                            so b(x) may be subtracted
+#   5. b = r(x, ybar)                                                 no critic is needed
+#   6. A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s))     the KL, from token t on
+#
+# Line 1 is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
+#
+# Lines 4 and 5: b must be fixed before y is drawn. The greedy response is: it depends on the prompt
+# and the weights alone, and no gradient goes through it. A good b is near V(x), the mean reward of
+# the prompt's responses. PPO trains a critic to predict V(x). ReMax takes the reward of one
+# response in its place. That response is often better than most samples, so that r - b is negative.
+# Then samples are made less likely, the bad ones more so. As probabilities sum to 1, others gain.
+#
+# Line 6: the drawn y also gives an estimate of KL = E[log(pi / pi_ref)], often called k1. It may be
+# negative. Line 3 holds for a single token too, given those before it, and is used twice:
+#   - The KL of the tokens before t does not depend on y_t. Like b it changes no mean, and is left
+#     out. r depends on the whole response, and stays.
+#   - pi stands twice in E[log(pi / pi_ref)]: y is drawn from it, and it is inside the logarithm.
+#     The gradient of the inside is E[grad log pi] = 0. So the logarithm is held constant, as r is.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1).
 
-    Each token pays for the KL of itself and of all later tokens ("full-step", App. B).
+    Each token pays for the KL of itself and of all later tokens: "full-step" in App. B.
     logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
-    alone. With baseline = 0 this is REINFORCE, literally.
+    alone. With baseline 0 this is REINFORCE with the same KL penalty.
 
     By hand, one row of two tokens, with r = 1, b = 0.4 and beta = 0.1:
       logprobs -1, -2   ref_logprobs -1.5, -1   kl 0.5, -1   kl_to_go -0.5, -1
       A_1 = 0.6 + 0.05 = 0.65   A_2 = 0.6 + 0.1 = 0.7   loss = 1 * 0.65 + 2 * 0.7 = 2.05.
     """
     kl = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
-    kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T): sum over all s >= t
+    # The sum over all s >= t: a cumulative sum from the right.
+    kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T)
     advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go  # (B,T)
     # log pi(y|x) is a sum over tokens. A mean over each response's tokens would let those of short
     # responses weigh more.
@@ -606,8 +612,10 @@ def read_file(path):
         raise ValueError(f"{path} is empty")
     if suffix == ".parquet":
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    open_text = open
+    if path.name.lower().endswith(".gz"):
+        open_text = gzip.open
+    with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
         if suffix == ".txt":
             return [{"prompt": line.rstrip("\r\n")} for line in file]
         if suffix == ".csv":
@@ -748,8 +756,8 @@ class PromptRow(NamedTuple):
     """A row of --prompts, ready for use."""
 
     prompt_ids: list  # the tokens that the policy sees
-    prompt_text: str  # the same as text
-    is_cut: bool  # was the text longer?
+    prompt_text: str  # the text of these tokens
+    is_cut: bool  # the prompt was longer than --max-prompt-tokens
     prompt: str | list  # what a reward gets: the text or, whole, the chat
     columns: dict  # what else a reward gets: the other columns
 
@@ -852,6 +860,11 @@ def load_reward_function(args, path, function_name):
     return function
 
 
+def contents_of(chat):
+    """The contents of a chat's messages, one below the other."""
+    return "\n".join(message["content"] for message in chat)
+
+
 class RewardModel:
     """A sequence classifier as a reward function: (prompts, completions) -> rewards (N,).
 
@@ -876,23 +889,23 @@ class RewardModel:
         self.device = device  # of the inputs; the weights may come and go, see offload()
 
     def __call__(self, prompts, completions, **columns):
-        wholes = []  # texts, or chats as lists of messages
+        conversations = []  # texts, or chats: lists of messages
         for prompt, completion in zip(prompts, completions, strict=True):
-            wholes.append(prompt + completion)
-        is_chat = isinstance(wholes[0], list)
-        has_template = self.tokenizer.chat_template is not None
-        if is_chat and has_template:
-            texts = self.tokenizer.apply_chat_template(wholes, tokenize=False)
-        elif is_chat:
-            texts = ["\n".join(message["content"] for message in chat) for chat in wholes]
+            conversations.append(prompt + completion)
+        add_special_tokens = True
+        if isinstance(conversations[0], str):
+            texts = conversations
+        elif self.tokenizer.chat_template is None:
+            texts = [contents_of(chat) for chat in conversations]
         else:
-            texts = wholes
+            texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
+            add_special_tokens = False  # the template has written them
         batch = self.tokenizer(
             texts,
             padding=True,
             truncation=True,
             max_length=self.max_length,
-            add_special_tokens=not (is_chat and has_template),  # a template writes them itself
+            add_special_tokens=add_special_tokens,
             return_tensors="pt",
         ).to(self.device)
         logits = self.model(**batch).logits.float()  # (N,labels)
@@ -1253,7 +1266,7 @@ class StopRequest:
     """Remembers a stop signal until the step is done. A second one ends the run at once."""
 
     def __init__(self):
-        self.signal_number = None
+        self.signal_number = 0  # no signal yet
         numbers = stop_signals()
         for number in numbers:
             signal.signal(number, self.receive)
@@ -1261,7 +1274,7 @@ class StopRequest:
             give_children_own_handlers(numbers)
 
     def receive(self, number, frame):
-        if self.signal_number is not None:  # the second signal
+        if self.signal_number != 0:  # this is the second signal
             # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
             os._exit(128 + number)
         self.signal_number = number
@@ -1279,7 +1292,7 @@ class StopRequest:
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
-        number = torch.tensor(self.signal_number or 0)
+        number = torch.tensor(self.signal_number)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
@@ -1296,6 +1309,11 @@ def in_words(figures, prefix=""):
     if kl is not None:
         words += f", KL {kl:.3g}"
     return words
+
+
+def seed_of_step(seed, step):
+    """A number of 32 bits, another one for every seed and step."""
+    return random.Random(f"{seed}/{step}").getrandbits(32)
 
 
 class Run:
@@ -1324,8 +1342,9 @@ class Run:
     def choose_machine(self):
         """The device, the dtype, and this process's place among those of torchrun."""
         args = self.args
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.processes = 0, 1
+        if dist.is_initialized():  # by torchrun
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         if args.batch_size % self.processes != 0:
             reason = f"the batch does not divide among {self.processes} processes"
             fail(reason, args, "batch_size")
@@ -1340,17 +1359,16 @@ class Run:
         """Lock the output folder. Returns the checkpoint to go on from, None for a new run."""
         args = self.args
         self.folder = Path(args.output_dir).resolve()
+        is_writer = self.rank == 0  # the other processes of torchrun read alone
         checkpoint = None
         with exit_on_bad_input(args, "output_dir"):
-            if self.rank == 0:  # the first process of torchrun alone writes there
+            if is_writer:
                 self.metrics = open_metrics(self.folder)
             if args.resume:
                 checkpoint = read_checkpoint(args, self.flags, self.folder / "checkpoint.pt")
-            if self.rank == 0:
-                if args.resume:
-                    drop_later_rows(self.metrics, checkpoint)
-                else:
-                    refuse_old_run(args, self.folder)
+            elif is_writer:
+                refuse_old_run(args, self.folder)
+            if is_writer:
                 (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
         return checkpoint
 
@@ -1393,10 +1411,16 @@ class Run:
         self.policy.eval()
         try:
             response, _, logprobs = rollout(
-                self.policy, prompt, attention_mask, 4, eos_id, pad_id, greedy=False
+                self.policy,
+                prompt,
+                attention_mask,
+                max_new_tokens=4,
+                eos_id=eos_id,
+                pad_id=pad_id,
+                greedy=False,
             )  # (2,T)
         except ValueError as error:
-            fail(error, self.args, "model")
+            fail(str(error), self.args, "model")
         mask = response_mask(response, eos_id)  # (2,T)
         with torch.no_grad():
             full = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (2,T)
@@ -1426,6 +1450,8 @@ class Run:
             for parameter, state in self.optimizer.state.items():
                 if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
                     raise ValueError("the checkpoint holds the optimizer of another model")
+            if self.rank == 0:
+                drop_later_rows(self.metrics, checkpoint)
         self.steps_done = checkpoint["step"]
 
     def announce(self):
@@ -1448,14 +1474,16 @@ class Run:
     def kl_to_reference(self, prompt, attention_mask, response):
         """The estimate of the KL from each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
-        inputs = prompt, attention_mask, response, mask
-        logprobs = token_logprobs(self.policy, *inputs)  # (B,T)
-        ref_logprobs = token_logprobs(self.reference, *inputs)  # (B,T)
+        logprobs = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,T)
+        ref_logprobs = token_logprobs(
+            self.reference, prompt, attention_mask, response, mask
+        )  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
     def evaluate_batch(self, rows):
         """Answer B rows, sampled and greedy; return a dict of figures and texts for each."""
-        B, tokenizer = len(rows), self.tokenizer
+        B = len(rows)
+        tokenizer = self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
         response, greedy_response, _ = rollout(
             self.policy,
@@ -1467,7 +1495,8 @@ class Run:
         )  # (B,T) each
         responses = torch.cat([response, greedy_response])  # (2B,T)
         rewards = score_responses(self.args, self.reward, tokenizer, rows + rows, responses)
-        rewards = rewards.tolist()
+        sampled_rewards = rewards[:B].tolist()
+        greedy_rewards = rewards[B:].tolist()
         texts = decode_responses(tokenizer, rows, response)
         greedy_texts = decode_responses(tokenizer, rows, greedy_response)
         kl = [None] * B
@@ -1476,8 +1505,8 @@ class Run:
         results = []
         for i in range(B):
             result = {
-                "eval_reward": rewards[i],
-                "eval_greedy_reward": rewards[B + i],
+                "eval_reward": sampled_rewards[i],
+                "eval_greedy_reward": greedy_rewards[i],
                 "eval_kl": kl[i],
                 "text": texts[i],
                 "greedy_text": greedy_texts[i],
@@ -1532,7 +1561,7 @@ class Run:
 
         All noise of a step comes from --seed and the step. So a resumed run draws the same.
         """
-        step_seed = random.Random(f"{self.args.seed}/{step}").getrandbits(32)  # a hash of both
+        step_seed = seed_of_step(self.args.seed, step)
         # First the same noise in all processes of torchrun: they draw one batch, and share it.
         transformers.set_seed(step_seed)  # of random, numpy and torch: a reward may use any of them
         batch = random.sample(self.training_rows, self.args.batch_size)
@@ -1546,9 +1575,9 @@ class Run:
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         is_greedy = args.baseline == "greedy"
-        scored_rows = list(rows)  # the prompts of the sampled responses
+        scored_rows = rows  # the prompts of the sampled responses
         if is_greedy:
-            scored_rows += rows  # and, behind them, of the greedy ones
+            scored_rows = rows + rows  # and, behind them, of the greedy ones
 
         def score(responses):
             return score_responses(args, self.reward, self.tokenizer, scored_rows, responses)
@@ -1668,17 +1697,16 @@ class Run:
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
+            is_stopped = signal_number != 0
             is_stuck = steps_skipped == 5
-            must_stop = is_stuck or signal_number != 0
-            if is_last or must_stop or step % args.save_every == 0:
+            if is_last or is_stopped or is_stuck or step % args.save_every == 0:
                 self.save(step)
-            if signal_number != 0:
+            if is_stopped:
                 tqdm.write(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
             if is_stuck:
-                fail(
-                    "no finite gradient in 5 steps; a checkpoint is saved", args, "lr", "precision"
-                )
+                reason = "no finite gradient in 5 steps; a checkpoint is saved"
+                fail(reason, args, "lr", "precision")
 
 
 def peak_memory_gb(device):

@@ -2314,7 +2314,7 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     stop = remax.StopRequest()
     signal.raise_signal(signal.SIGHUP)
-    assert stop.signal_number is None
+    assert stop.signal_number == 0
 
 
 LEAVING = """
@@ -2734,14 +2734,14 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
     ("reward model without mask", "self.model(**batch)", 'self.model(batch["input_ids"])',
      "ignores_padding"),
-    ("columns misaligned with rows", "scored_rows += rows",
+    ("columns misaligned with rows", "scored_rows = rows + rows",
      "scored_rows = [row for row in rows for _ in range(2)]", "greedy_half_gets"),
     ("weights saved with use_cache off", "AutoConfig.from_pretrained(self.args.model)",
      "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model"),
     ("dropout saved as 0", "self.policy.config = AutoConfig.from_pretrained(self.args.model)",
      "pass", "saved_model"),
     ("finished rows go on", ".masked_fill(done, pad_id)", "", "half_of_the_rollout"),
-    ("resume that forgets the RNG", 'random.Random(f"{self.args.seed}/{step}").getrandbits(32)',
+    ("resume that forgets the RNG", "seed_of_step(self.args.seed, step)",
      "self.args.seed + (step - self.steps_done)", "twelve_times"),
     ("resume that forgets the weights", 'self.policy.load_state_dict(checkpoint["policy"])', "pass",
      "twelve_times"),
@@ -2765,8 +2765,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "from_its_birth"),
     ("child that Ctrl-C ends", "signal.signal(number, signal.SIG_IGN)",
      "signal.signal(number, signal.SIG_DFL)", "forked_children"),
-    ("stop that saves nothing", "must_stop = is_stuck or signal_number != 0",
-     "must_stop = is_stuck", "stop_signal"),
+    ("stop that saves nothing", "if is_last or is_stopped or is_stuck", "if is_last or is_stuck",
+     "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
      "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
     ("bugs answered like mistakes", "            figures = self.train_step(step)\n",
