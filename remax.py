@@ -18,8 +18,8 @@ prompt have in common. It leaves the mean of the gradient as it is.
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
     is the baseline;
-  - probability ratios and their clipping: there is one update per rollout,
-    always on-policy;
+  - ratios of new to old probabilities, and their clipping: there is one update
+    per rollout, always on-policy;
   - several epochs over one rollout, and advantages divided by their standard
     deviation.
 
@@ -73,7 +73,6 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 import transformers
 from safetensors import SafetensorError  # comes with transformers
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -154,6 +153,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
 def response_mask(response, eos_id):
     """1 up to and including the first EOS, then 0: (B,T) -> (B,T).
 
+    With EOS = 9, the response 5 9 9 has is_eos 0 1 1, eos_before 0 0 1 and the mask 1 1 0.
+
     It counts the EOS tokens instead of looking for padding. Many tokenizers pad with EOS: a mask of
     all that is not padding would hide the true EOS too, and the policy would not learn to stop.
     """
@@ -186,7 +187,7 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 
     def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         # In float32: in bfloat16 it would be off by 0.02 nats a token.
-        return -cross_entropy(row_logits.float(), row_tokens, reduction="none")
+        return -torch.nn.functional.cross_entropy(row_logits.float(), row_tokens, reduction="none")
 
     # This loop is cross_entropy() of all rows in less memory: one float32 copy of a row's logits
     # at a time. checkpoint() keeps none for the backward pass, but computes the row again.
@@ -210,11 +211,12 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #
 # Line 1 is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
 #
-# Lines 4 and 5: b must be fixed before y is drawn. The greedy response is: it depends on the prompt
-# and the weights alone, and no gradient goes through it. A good b is near V(x), the mean reward of
-# the prompt's responses. PPO trains a critic to predict V(x). ReMax takes the reward of one
-# response in its place. That response is often better than most samples, so that r - b is negative.
-# Then samples are made less likely, the bad ones more so. As probabilities sum to 1, others gain.
+# Lines 4 and 5: b must not depend on y. The greedy response does not: the prompt and the weights
+# determine it, and no gradient goes through it. A good b is near V(x), the mean reward of the
+# prompt's responses. PPO trains a critic to predict V(x). ReMax takes the reward of one response in
+# its place. That response is often better than most samples, so that r - b is negative. Then all
+# samples are made less likely, the bad ones most. As probabilities sum to 1, the good ones gain.
+# (The KL of the greedy response could be part of b. Algorithm 1 leaves it out; both are unbiased.)
 #
 # Line 6: the drawn y also gives an estimate of KL = E[log(pi / pi_ref)], often called k1. It may be
 # negative. Line 3 holds for a single token too, given those before it, and is used twice:
@@ -242,113 +244,6 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     return -(logprobs * advantage * mask).sum(1).mean()
 
 
-@contextmanager
-def weights_as(model, dtype):
-    """Inside the with block the model's weights are in dtype, afterwards they are as before.
-
-    Decoding reads all weights for every token: in 16 bits it reads half as many bytes.
-    """
-    own_weights = [parameter.data for parameter in model.parameters()]
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, own in zip(model.parameters(), own_weights, strict=True):
-            parameter.data = own
-
-
-class Rollout(NamedTuple):
-    """N sampled responses, with what belongs to each of them."""
-
-    prompt: torch.Tensor  # (N,P)
-    attention_mask: torch.Tensor  # (N,P)
-    response: torch.Tensor  # (N,T)
-    mask: torch.Tensor  # (N,T)
-    sampling_logprobs: torch.Tensor  # (N,T)
-    reward: torch.Tensor  # (N,)
-    baseline: torch.Tensor  # (N,)
-
-
-def micro_batches(batch, size):
-    """Cut a Rollout into Rollouts of at most `size` rows, which go through the models in turn.
-
-    Padding costs as much as tokens. So responses of similar length go together, and each part is
-    cut to the longest prompt and the longest response among its rows.
-    """
-    parts = []
-    rows_by_length = batch.mask.sum(1).argsort()  # (N,): those of the shortest responses first
-    for rows in rows_by_length.split(size):
-        longest_prompt = batch.attention_mask[rows].sum(1).max().item()
-        longest_response = batch.mask[rows].sum(1).max().item()
-        part = Rollout(
-            prompt=batch.prompt[rows, -longest_prompt:],  # the padding is on the left
-            attention_mask=batch.attention_mask[rows, -longest_prompt:],
-            response=batch.response[rows, :longest_response],  # the padding is on the right
-            mask=batch.mask[rows, :longest_response],
-            sampling_logprobs=batch.sampling_logprobs[rows, :longest_response],
-            reward=batch.reward[rows],
-            baseline=batch.baseline[rows],
-        )
-        parts.append(part)
-    return parts
-
-
-def average_over_processes(tensor):
-    """Replace a tensor by its mean over the processes of torchrun. A single process keeps it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-
-
-def average_gradients(model):
-    """Give every process of torchrun the mean of all processes' gradients.
-
-    DistributedDataParallel would wrap the model, and need no_sync() for all but one micro-batch.
-    """
-    if not dist.is_initialized():
-        return
-    for parameter in model.parameters():
-        if parameter.grad is None:  # a part of a mixture of experts may have had nothing to do
-            parameter.grad = torch.zeros_like(parameter)
-        average_over_processes(parameter.grad)
-
-
-def batch_mean(values):
-    """The mean over all entries and all processes, as a number. All processes must call it."""
-    mean = values.float().mean()
-    average_over_processes(mean)
-    return mean.item()
-
-
-def batch_means(figures_of_parts):
-    """name -> (N,), of every part of a batch, to name -> the mean over batch and processes."""
-    means = {}
-    for name in figures_of_parts[0]:
-        values = torch.cat([figures[name] for figures in figures_of_parts])  # (B,)
-        means[name] = batch_mean(values)
-    return means
-
-
-def response_figures(part, logprobs, ref_logprobs, eos_id):
-    """What is logged of N responses, name -> (N,). What is made of log-probs is in nats.
-
-    part: a Rollout of N rows; logprobs, ref_logprobs: (N,T), 0 where masked.
-    """
-    difference = (logprobs - part.sampling_logprobs).abs() * part.mask  # (N,T)
-    return {
-        "reward": part.reward,
-        "baseline": part.baseline,
-        "advantage": part.reward - part.baseline,
-        "zero_advantage": part.reward == part.baseline,
-        "kl": (logprobs - ref_logprobs).sum(1),
-        "surprise": -logprobs.sum(1),
-        "tokens": part.mask.sum(1),
-        "eos": (part.response == eos_id).any(1),
-        "difference": difference.sum(1),
-    }
-
-
 def remax_step(
     policy,
     reference,
@@ -370,7 +265,7 @@ def remax_step(
     """One update of the policy from B prompts: the six steps at the top of this file.
 
     policy, reference: causal language models without dropout; reference is frozen, in eval() mode,
-    or None if kl_coef is 0.
+    on any device, or None if kl_coef is 0.
     optimizer, scaler: of the policy; the scaler is enabled for float16 alone.
     score: a function, responses (N,T) -> rewards (N,). It gets the sampled responses and, behind
     them, the greedy ones.
@@ -407,35 +302,34 @@ def remax_step(
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
-    batch = Rollout(prompt, attention_mask, response, mask, sampling_logprobs, reward, baseline)
-    parts = micro_batches(batch, micro_batch_size)
+    groups = micro_batches(mask, micro_batch_size)  # row indices, (N,) each
+    batch = prompt, attention_mask, response, mask
 
-    # 4. Reference. It has a loop of its own: with --offload it leaves the GPU before step 5.
-    ref_logprobs_of_parts = []
-    for part in parts:
-        ref_logprobs = torch.zeros_like(part.sampling_logprobs)  # (N,T)
-        if reference is not None:
-            with torch.no_grad(), autocast:
-                ref_logprobs = token_logprobs(
-                    reference, part.prompt, part.attention_mask, part.response, part.mask
-                )  # (N,T)
-        ref_logprobs_of_parts.append(ref_logprobs)
+    # 4. Reference. It may live in CPU memory: it is on the GPU for this step alone.
+    ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T)
+    if reference is not None:
+        with on_device(reference, device), torch.no_grad(), autocast:
+            for rows in groups:
+                ref_logprobs[rows] = logprobs_of_rows(reference, *batch, rows)  # (N,T)
 
     # 5. Gradient. In train() mode, as gradient checkpointing does nothing without it.
     policy.train()
-    total_loss = torch.zeros((), device=device)
-    figures_of_parts = []
-    for part, ref_logprobs in zip(parts, ref_logprobs_of_parts, strict=True):
+    logprobs = torch.zeros_like(ref_logprobs)  # (B,T), without gradient, for the figures below
+    for rows in groups:
         with autocast:
-            logprobs = token_logprobs(
-                policy, part.prompt, part.attention_mask, part.response, part.mask
-            )  # (N,T)
-        loss = remax_loss(logprobs, ref_logprobs, part.mask, part.reward, part.baseline, kl_coef)
-        # Each part counts by its rows: the micro-batch size does not change the gradient.
-        share_of_loss = loss * len(part.mask) / B
-        scaler.scale(share_of_loss).backward()
-        total_loss += share_of_loss.detach()
-        figures_of_parts.append(response_figures(part, logprobs.detach(), ref_logprobs, eos_id))
+            group_logprobs = logprobs_of_rows(policy, *batch, rows)  # (N,T)
+        loss = remax_loss(
+            group_logprobs,
+            ref_logprobs[rows],
+            mask[rows],
+            reward[rows],
+            baseline[rows],
+            kl_coef,
+        )
+        # Each group counts by its rows: the micro-batch size does not change the gradient.
+        share = len(rows) / B
+        scaler.scale(loss * share).backward()
+        logprobs[rows] = group_logprobs.detach()
 
     # 6. Update. The loss is a sum over tokens, so most gradients are long. Clipping keeps their
     # direction and gives up their length, and with it strict unbiasedness. A gradient that is not
@@ -449,24 +343,114 @@ def remax_step(
     optimizer.zero_grad()
 
     # ---- diagnostics only below: nothing changes the update ----
-    means = batch_means(figures_of_parts)
+    # Each figure is a mean over the whole batch: batch_mean() waits for torchrun's other processes.
+    tokens = batch_mean(mask.sum(1))
+    kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
+    difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
+    whole_loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
     return {
-        "reward": means["reward"],
-        "greedy_reward": means["baseline"] if greedy else None,
-        "advantage": means["advantage"],
-        "zero_advantage": means["zero_advantage"],
-        "kl": means["kl"] if reference is not None else None,
-        "entropy": means["surprise"] / means["tokens"],
-        "tokens": means["tokens"],
-        "eos": means["eos"],
-        "sampling_logp_difference": means["difference"] / means["tokens"],
-        "loss": batch_mean(total_loss),
+        "reward": batch_mean(reward),
+        "greedy_reward": batch_mean(baseline) if greedy else None,
+        "advantage": batch_mean(reward - baseline),
+        "zero_advantage": batch_mean(reward == baseline),
+        "kl": batch_mean(kl) if reference is not None else None,
+        "entropy": batch_mean(-logprobs.sum(1)) / tokens,
+        "tokens": tokens,
+        "eos": batch_mean((response == eos_id).any(1)),
+        "sampling_logp_difference": batch_mean(difference.sum(1)) / tokens,
+        "loss": batch_mean(whole_loss),
         "grad_norm": grad_norm.item(),
         "skipped": 0.0 if grad_norm.isfinite() else 1.0,
         "rollout_seconds": rollout_time - start_time,
         "score_seconds": score_time - rollout_time,
         "update_seconds": time.perf_counter() - score_time,
     }
+
+
+# -------------------------------------------------------------------------------------------------
+# What remax_step uses.
+# -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def weights_as(model, dtype):
+    """Inside the with block the model's weights are in dtype, afterwards they are as before.
+
+    Decoding reads all weights for every token: in 16 bits it reads half as many bytes.
+    """
+    own_weights = [parameter.data for parameter in model.parameters()]
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, own in zip(model.parameters(), own_weights, strict=True):
+            parameter.data = own
+
+
+@contextmanager
+def on_device(model, device):
+    """Inside the with block the model is on the device, afterwards where it was before."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+def micro_batches(mask, size):
+    """The rows that go through the models together: a list of indices (N,), N at most `size`.
+
+    Rows of similar length go together, as padding costs as much as tokens. mask: (B,T).
+    """
+    rows_by_length = mask.sum(1).argsort()  # (B,): those of the shortest responses first
+    return rows_by_length.split(size)
+
+
+def logprobs_of_rows(model, prompt, attention_mask, response, mask, rows):
+    """token_logprobs() of some rows of a batch, without the padding that they have in common.
+
+    prompt, attention_mask: (B,P); response, mask: (B,T); rows: (N,). Returns (N,T).
+    """
+    longest_prompt = attention_mask[rows].sum(1).max().item()
+    longest_response = mask[rows].sum(1).max().item()
+    logprobs = token_logprobs(
+        model,
+        prompt[rows, -longest_prompt:],  # the padding is on the left
+        attention_mask[rows, -longest_prompt:],
+        response[rows, :longest_response],  # the padding is on the right
+        mask[rows, :longest_response],
+    )  # (N,longest_response)
+    columns_left_out = response.size(1) - longest_response
+    return torch.nn.functional.pad(logprobs, (0, columns_left_out))  # (N,T), 0 where masked
+
+
+def average_over_processes(tensor):
+    """Replace a tensor by its mean over the processes of torchrun. A single process keeps it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
+def average_gradients(model):
+    """Give every process of torchrun the mean of all processes' gradients.
+
+    DistributedDataParallel would wrap the model, and need no_sync() for all but one micro-batch.
+    """
+    if not dist.is_initialized():
+        return
+    for parameter in model.parameters():
+        if parameter.grad is None:  # a part of a mixture of experts may have had nothing to do
+            parameter.grad = torch.zeros_like(parameter)
+        average_over_processes(parameter.grad)
+
+
+def batch_mean(values):
+    """The mean over all entries and all processes, as a number. All processes must call it."""
+    mean = values.float().mean()
+    average_over_processes(mean)
+    return mean.item()
 
 
 # =================================================================================================
@@ -491,7 +475,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def as_text(value):
-    """A flag's value as text; a path without this file's folder in front, to keep lines short."""
+    """A flag's value as text; a path in this file's folder without that folder.
+
+    Lines stay short, and --resume finds the same text after the folder was moved.
+    """
     return str(value).removeprefix(f"{HERE}{os.sep}")
 
 
@@ -579,8 +566,9 @@ FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def suffix_of(path):
-    """.jsonl of prompts.jsonl and of prompts.JSONL.gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    """The kind of a file: .jsonl for prompts.jsonl and for prompts.JSONL.gz."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
 
 
 def read_json(text):
@@ -687,8 +675,6 @@ def check_end_of_turn(tokenizer):
 
 def encode_texts(tokenizer, texts):
     """The token ids of each text. Some tokenizers end a text with EOS: it is left out."""
-    if tokenizer.chat_template is not None:
-        print("the prompts are texts: the policy's chat template is not applied")
     encoded = tokenizer(texts)["input_ids"]
     for ids in encoded:
         while ids and ids[-1] == tokenizer.eos_token_id:
@@ -744,11 +730,13 @@ def read_prompts(args, tokenizer):
     rows = read_dataset(args.prompts)
     check_rows(rows)
     rows = fill_columns(rows)
-    check_columns(rows[0], args.prompt_column)
+    check_columns(list(rows[0]), args.prompt_column)
     prompts = [row[args.prompt_column] for row in rows]
     check_prompts(prompts)
     if isinstance(prompts[0], list):
         return rows, encode_chats(tokenizer, prompts)
+    if tokenizer.chat_template is not None:
+        print("the prompts are texts: the policy's chat template is not applied")
     return rows, encode_texts(tokenizer, prompts)
 
 
@@ -775,22 +763,36 @@ def make_row(args, tokenizer, values, ids):
 
     values: a row of the dataset, column -> value. ids: the token ids of its prompt.
     """
+    limit = args.max_prompt_tokens
     prompt = values[args.prompt_column]
     is_chat = isinstance(prompt, list)
-    is_too_long = len(ids) > args.max_prompt_tokens
-    if is_chat and is_too_long:
+    is_too_long = len(ids) > limit
+    if is_too_long and is_chat:
         return None  # a text can be cut, a chat cannot
     if is_too_long:
-        ids = cut_ids(tokenizer, ids, args.max_prompt_tokens)
+        ids = cut_ids(tokenizer, ids, limit)
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not text.strip():
         return None
-    if not is_chat:
-        prompt = text
-    columns = {name: value for name, value in values.items() if name != args.prompt_column}
     return PromptRow(
-        prompt_ids=ids, prompt_text=text, is_cut=is_too_long, prompt=prompt, columns=columns
+        prompt_ids=ids,
+        prompt_text=text,
+        is_cut=is_too_long,
+        prompt=prompt if is_chat else text,
+        columns={name: values[name] for name in values if name != args.prompt_column},
     )
+
+
+def say_what_was_read(args, rows, held_out_count, dataset):
+    """One line: how many prompts there are to train on, held out, cut and left out."""
+    training_count = len(rows) - held_out_count
+    message = f"{len(rows)} prompts: {training_count} to train on, {held_out_count} held out"
+    cut = sum(row.is_cut for row in rows)
+    if cut > 0:
+        message += f", {cut} cut to {args.max_prompt_tokens} tokens"
+    if len(rows) < len(dataset):
+        message += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
+    print(message)
 
 
 def load_prompts(args, tokenizer):
@@ -802,21 +804,14 @@ def load_prompts(args, tokenizer):
         row = make_row(args, tokenizer, values, ids)
         if row is not None:
             rows.append(row)
-
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
     held_out_count = min(128, math.ceil(len(rows) / 5))  # a fifth; 128 give a steady mean
-    training_count = len(rows) - held_out_count
-    message = f"{len(rows)} prompts: {training_count} to train on, {held_out_count} held out"
-    cut = sum(row.is_cut for row in rows)
-    if cut > 0:
-        message += f", {cut} cut to {args.max_prompt_tokens} tokens"
-    if len(rows) < len(dataset):
-        message += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
-    print(message)
-    if training_count < args.batch_size:
-        reason = f"{training_count} prompts to train on are fewer than one batch"
+    say_what_was_read(args, rows, held_out_count, dataset)
+    held_out_rows, training_rows = rows[:held_out_count], rows[held_out_count:]
+    if len(training_rows) < args.batch_size:
+        reason = f"{len(training_rows)} prompts to train on are fewer than one batch"
         fail(reason, args, "prompts", "max_prompt_tokens", "batch_size")
-    return rows[held_out_count:], rows[:held_out_count]
+    return training_rows, held_out_rows
 
 
 def collate(tokenizer, rows, device):
@@ -841,9 +836,9 @@ def import_file(path):
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
-    # A process pool looks here for the functions. A module of the same name goes first: others may
-    # be using it.
-    sys.modules.setdefault(module_name, module)
+    # A process pool looks for the functions here. A library of the same name keeps its place.
+    if module_name not in sys.modules:
+        sys.modules[module_name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -886,29 +881,29 @@ class RewardModel:
         self.model.config.pad_token_id = tokenizer.pad_token_id
         positions = getattr(config, "max_position_embeddings", 512)
         self.max_length = min(tokenizer.model_max_length, positions)
-        self.device = device  # of the inputs; the weights may come and go, see offload()
+        self.device = device  # where it computes; with --offload its home is the CPU
+
+    def tokenize(self, conversations):
+        """Texts, or chats as lists of messages, to the model's inputs."""
+        options = {
+            "padding": True,
+            "truncation": True,
+            "max_length": self.max_length,
+            "return_tensors": "pt",
+        }
+        if isinstance(conversations[0], str):
+            return self.tokenizer(conversations, **options)
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer([contents_of(chat) for chat in conversations], **options)
+        return self.tokenizer.apply_chat_template(conversations, return_dict=True, **options)
 
     def __call__(self, prompts, completions, **columns):
-        conversations = []  # texts, or chats: lists of messages
+        conversations = []  # texts are joined to a text, lists of messages to a list
         for prompt, completion in zip(prompts, completions, strict=True):
             conversations.append(prompt + completion)
-        add_special_tokens = True
-        if isinstance(conversations[0], str):
-            texts = conversations
-        elif self.tokenizer.chat_template is None:
-            texts = [contents_of(chat) for chat in conversations]
-        else:
-            texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
-            add_special_tokens = False  # the template has written them
-        batch = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            add_special_tokens=add_special_tokens,
-            return_tensors="pt",
-        ).to(self.device)
-        logits = self.model(**batch).logits.float()  # (N,labels)
+        batch = self.tokenize(conversations).to(self.device)
+        with on_device(self.model, self.device):
+            logits = self.model(**batch).logits.float()  # (N,labels)
         if logits.size(1) == 1:
             return logits[:, 0]
         return logits.softmax(1)[:, -1]
@@ -1096,23 +1091,6 @@ def use_one_thread_if_small(policy):
         torch.set_num_threads(1)
 
 
-def offload(frozen, policy, device):
-    """Keep a frozen model's weights in CPU memory while the policy is at work.
-
-    torch calls a forward pre-hook, with the module and its inputs, before it runs the module.
-    """
-
-    def fetch(module, inputs):
-        frozen.to(device)
-
-    def put_away(module, inputs):
-        if frozen.device.type != "cpu":
-            frozen.to("cpu")
-
-    frozen.register_forward_pre_hook(fetch)
-    policy.register_forward_pre_hook(put_away)
-
-
 # =================================================================================================
 # A run: evaluation, checkpoints, the training loop.
 # =================================================================================================
@@ -1134,9 +1112,10 @@ MAY_CHANGE = (
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
-def sha256_of(path):
-    """The first 16 digits: enough to tell two files apart."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def fingerprint(path):
+    """A file's name and the hash of its content. 16 digits are enough to tell two files apart."""
+    digits = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return f"{Path(path).name} with the sha256 {digits[:16]}"
 
 
 def flags_to_compare(args, dtype):
@@ -1145,11 +1124,10 @@ def flags_to_compare(args, dtype):
     flags["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files count by their content: they may have been edited since, or moved.
     if Path(args.prompts).is_file():
-        flags["prompts"] = f"{Path(args.prompts).name} with the sha256 {sha256_of(args.prompts)}"
+        flags["prompts"] = fingerprint(args.prompts)
     reward_file, function_name = split_function(args.reward)
     if Path(reward_file).is_file():
-        name = f"{Path(reward_file).name}:{function_name}"
-        flags["reward"] = f"{name} with the sha256 {sha256_of(reward_file)}"
+        flags["reward"] = f"{fingerprint(reward_file)}, {function_name}"
     return flags
 
 
@@ -1189,11 +1167,14 @@ def read_checkpoint(args, flags, path):
     return checkpoint
 
 
-def drop_later_rows(metrics, checkpoint):
-    """Cut off the rows of steps that were taken after the checkpoint: they are taken again."""
-    size = os.fstat(metrics.fileno()).st_size
+def drop_later_rows(metrics, size_then):
+    """Cut off the rows of steps that were taken after the checkpoint: they are taken again.
+
+    size_then: the bytes of metrics.jsonl when the checkpoint was written.
+    """
+    size_now = os.fstat(metrics.fileno()).st_size
     # Not beyond its end: that would fill up a file that was cut by hand.
-    metrics.truncate(min(size, checkpoint["metrics_bytes"]))
+    metrics.truncate(min(size_now, size_then))
 
 
 def refuse_old_run(args, folder):
@@ -1329,7 +1310,10 @@ class Run:
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
-        checkpoint = self.open_folder()
+        with exit_on_bad_input(args, "output_dir"):
+            self.lock_folder()
+            checkpoint = self.read_old_run()
+            self.write_args()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype, self.device)
         self.say_how_chats_are_scored()
@@ -1355,22 +1339,23 @@ class Run:
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = choose_dtype(args.precision, self.device)
 
-    def open_folder(self):
-        """Lock the output folder. Returns the checkpoint to go on from, None for a new run."""
-        args = self.args
-        self.folder = Path(args.output_dir).resolve()
-        is_writer = self.rank == 0  # the other processes of torchrun read alone
-        checkpoint = None
-        with exit_on_bad_input(args, "output_dir"):
-            if is_writer:
-                self.metrics = open_metrics(self.folder)
-            if args.resume:
-                checkpoint = read_checkpoint(args, self.flags, self.folder / "checkpoint.pt")
-            elif is_writer:
-                refuse_old_run(args, self.folder)
-            if is_writer:
-                (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        return checkpoint
+    def lock_folder(self):
+        """Open the output folder. Under torchrun the first process alone writes there."""
+        self.folder = Path(self.args.output_dir).resolve()
+        if self.rank == 0:
+            self.metrics = open_metrics(self.folder)
+
+    def read_old_run(self):
+        """Return the checkpoint to go on from. A new run has none, and its folder must be empty."""
+        if self.args.resume:
+            return read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
+        if self.rank == 0:
+            refuse_old_run(self.args, self.folder)
+        return None
+
+    def write_args(self):
+        if self.rank == 0:
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
 
     def load_models(self):
         """Policy, reference, optimizer and scaler, on their devices and checked."""
@@ -1380,7 +1365,8 @@ class Run:
             self.reference = load_reference(args, self.dtype)
             self.check_token_ids()
         self.policy.to(self.device)
-        self.place_frozen_models()
+        if not args.offload:  # otherwise they stay in CPU memory: see on_device()
+            self.move_frozen_models()
         self.check_cache()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
@@ -1427,18 +1413,12 @@ class Run:
         difference = ((full - logprobs).abs() * mask).sum() / mask.sum()
         self.check_sampler(difference.item(), torch.float32)
 
-    def place_frozen_models(self):
-        """Put reference and reward model on the policy's device, or let them come and go."""
-        frozen_models = []
+    def move_frozen_models(self):
+        """Put reference and reward model on the policy's device."""
         if self.reference is not None:
-            frozen_models.append(self.reference)
+            self.reference.to(self.device)
         if isinstance(self.reward, RewardModel):
-            frozen_models.append(self.reward.model)
-        for frozen in frozen_models:
-            if self.args.offload:
-                offload(frozen, self.policy, self.device)
-            else:
-                frozen.to(self.device)
+            self.reward.model.to(self.device)
 
     def restore(self, checkpoint):
         """Load weights, optimizer, scaler and step from a checkpoint."""
@@ -1451,7 +1431,7 @@ class Run:
                 if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
                     raise ValueError("the checkpoint holds the optimizer of another model")
             if self.rank == 0:
-                drop_later_rows(self.metrics, checkpoint)
+                drop_later_rows(self.metrics, checkpoint["metrics_bytes"])
         self.steps_done = checkpoint["step"]
 
     def announce(self):
@@ -1475,9 +1455,10 @@ class Run:
         """The estimate of the KL from each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
         logprobs = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,T)
-        ref_logprobs = token_logprobs(
-            self.reference, prompt, attention_mask, response, mask
-        )  # (B,T)
+        with on_device(self.reference, self.device):
+            ref_logprobs = token_logprobs(
+                self.reference, prompt, attention_mask, response, mask
+            )  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
     def evaluate_batch(self, rows):
@@ -1641,25 +1622,21 @@ class Run:
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
-    def warn_if_it_lasts(self, problem, is_there):
-        """Print a warning when a problem is there for the 20th step in a row."""
-        if not is_there:
-            self.steps_in_a_row[problem] = 0
-            return
-        self.steps_in_a_row[problem] += 1
-        if self.steps_in_a_row[problem] == 20:
-            tqdm.write(f"warning: 20 steps of {problem}")
-
     def warn_of_trouble(self, figures):
-        self.warn_if_it_lasts(
-            "zero_advantage 1: are all responses or rewards alike?",
-            figures["zero_advantage"] == 1,
-        )
-        # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
-        self.warn_if_it_lasts(
-            "KL below -1: are the responses drawn from the policy?",
-            figures["kl"] is not None and figures["kl"] < -1,
-        )
+        """Print a warning when a problem has been there for 20 steps in a row."""
+        kl = figures["kl"]
+        problems = {
+            "zero_advantage 1: are all responses or rewards alike?": figures["zero_advantage"] == 1,
+            # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
+            "KL below -1: are the responses drawn from the policy?": kl is not None and kl < -1,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                self.steps_in_a_row[problem] += 1
+            else:
+                self.steps_in_a_row[problem] = 0
+            if self.steps_in_a_row[problem] == 20:
+                tqdm.write(f"warning: 20 steps of {problem}")
 
     def show(self, bar, step, figures):
         """Write the step's figures in front of the bar or, where there is none, as a line."""
@@ -1866,15 +1843,13 @@ def absolute(path):
 
 def parse_args(argv=None):
     parser = make_parser()
+    is_tiny_world = parser.parse_args(argv).model is None
+    if is_tiny_world:
+        parser.set_defaults(**TINY_WORLD)  # what was typed goes before a default
     args = parser.parse_args(argv)
-    if args.model is None:
-        parser.set_defaults(**TINY_WORLD)
-        args = parser.parse_args(argv)  # again: what was typed goes before these defaults
-        run_name = "tiny-policy"
-    else:
-        run_name = Path(args.model).name
     if args.output_dir is None:
-        args.output_dir = f"runs/{run_name}-{args.seed}"
+        name = "tiny-policy" if is_tiny_world else Path(args.model).name
+        args.output_dir = f"runs/{name}-{args.seed}"
     # Once and for all: a reward function may change the working directory.
     args.model = absolute(args.model)
     args.prompts = absolute(args.prompts)
@@ -1893,19 +1868,25 @@ def silence_libraries():
     datasets.disable_progress_bars()
 
 
+def join_torchrun():
+    """Let the processes of torchrun find each other. Only the first one prints."""
+    # gloo beside nccl: the number of a signal travels in a CPU tensor, the gradients do not.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # A reward may take its time: the other processes wait for it.
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open for the run
+
+
 def main(argv=None):
+    """Train, and save the trained model."""
     args = parse_args(argv)
     silence_libraries()
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     stop = StopRequest()
     if dist.is_torchelastic_launched():
-        # gloo beside nccl: the number of a signal travels in a CPU tensor, the gradients do not.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # A reward may take its time: the other processes wait for it.
-        dist.init_process_group(backend, timeout=timedelta(hours=6))
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, only the first process speaks
+        join_torchrun()
     try:
         run = Run(args)
         run.train(stop)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import gzip
+import inspect
 import itertools
 import json
 import math
@@ -1035,22 +1036,15 @@ def test_offloaded_models_change_nothing(small, tmp_path):
     same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_offload_moves_a_frozen_model_in_for_its_own_work_and_out_for_the_policys():
+def test_an_offloaded_model_is_on_the_device_for_its_own_work_alone():
     class Frozen(torch.nn.Linear):
-        device = CPU
-
         def to(self, device):
             moves.append(str(device))
-            self.device = torch.device(device)
 
     moves = []
-    policy, frozen = torch.nn.Linear(2, 2), Frozen(2, 2)
-    remax.offload(frozen, policy, torch.device("meta"))
-    frozen(torch.ones(1, 2))
-    frozen(torch.ones(1, 2))
-    policy(torch.ones(1, 2))
-    policy(torch.ones(1, 2))
-    assert moves == ["meta", "meta", "cpu"]
+    with remax.on_device(Frozen(2, 2), torch.device("meta")):
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
 
 
 def test_other_flags_learn_too(tmp_path):
@@ -2700,7 +2694,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logprobs - ref_logprobs)", "no_gradient"),
     ("token mean", "(logprobs * advantage * mask).sum(1).mean()",
      "(logprobs * advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "loss * len(part.mask) / B", "loss / len(parts)",
+    ("per-micro-batch mean", "share = len(rows) / B", "share = 1 / len(groups)",
      "micro_batch_size"),
     ("top_k left at its default", "probabilities = logits[:B].softmax(-1)",
      "probabilities = logits[:B].masked_fill("
@@ -2750,7 +2744,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("resume that restarts the learning rate", "progress = (step - 1) / self.args.steps",
      "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
-     'metrics.truncate(min(size, checkpoint["metrics_bytes"]))', "pass", "cut_off"),
+     "metrics.truncate(min(size_now, size_then))", "pass", "cut_off"),
     ("resume with other mathematics", "if flags.get(name) == old or name in MAY_CHANGE:",
      "if True:", "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
@@ -2794,11 +2788,11 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "living_run"),
     ("changed prompts file", "hashlib.sha256(Path(path).read_bytes())", "hashlib.sha256()",
      "changed_file"),
-    ("tokens averaged over the wrong axis", '"tokens": part.mask.sum(1)',
-     '"tokens": part.mask.float().mean(1)',
+    ("tokens averaged over the wrong axis", "tokens = batch_mean(mask.sum(1))",
+     "tokens = batch_mean(mask.float().sum(0))",
      "figures_are"),
-    ("logged loss scaled wrongly", '"loss": batch_mean(total_loss)',
-     '"loss": batch_mean(total_loss) / B', "figures_are"),
+    ("logged loss scaled wrongly", '"loss": batch_mean(whole_loss)',
+     '"loss": batch_mean(whole_loss) / B', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
@@ -3024,7 +3018,7 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"the update took {large_parts['update_seconds']:.1f} seconds in place of "
         f"{small_parts['update_seconds']:.1f}",
         f"in {len(FAMILIES)} model families",
-        f"makes {len(MISTAKES)} typical mistakes",
+        f"tries {len(MISTAKES)} mistakes",
         f"in {len(SABOTAGE)} ways",
     ):
         assert sentence in TEXT, sentence
@@ -3091,6 +3085,32 @@ def test_lines_of_the_readme_are_short():
     for page in README, (DATA / "README.md").read_text():
         long = [line for line in page.splitlines() if len(line) > 100 and "|" not in line]
         assert not long
+
+
+PASTEABLE = re.findall(r"^\| (`.*`) \| (`(?:import|from) .*?`) \|", README, re.M)
+
+
+@pytest.mark.parametrize("functions, imports", PASTEABLE)
+def test_what_the_readme_calls_pasteable_is(functions, imports):
+    """Each function, with the imports that its row names and nothing else."""
+    pieces = re.findall(r"`([^`]+)`", imports)
+    for name in re.findall(r"`([^`]+)`", functions):
+        pieces.append(inspect.getsource(getattr(remax, name)))
+    names = {}
+    exec("\n\n".join(pieces), names)
+    model, (prompt, attention_mask) = make("gpt2"), prompts(B=3)
+    response = torch.randint(3, 31, (3, 5))
+    if "rollout" in names:
+        names["rollout"](model, prompt, attention_mask, 5, EOS, PAD)
+    if "token_logprobs" in names:
+        names["token_logprobs"](model, prompt, attention_mask, response, torch.ones_like(response))
+    if "remax_loss" in names:
+        mask = names["response_mask"](response, EOS)
+        logprobs = -torch.rand(3, 5)
+        names["remax_loss"](logprobs, logprobs, mask, torch.ones(3), torch.zeros(3), 0.1)
+    if "weights_as" in names:
+        with names["weights_as"](model, torch.bfloat16):
+            assert model.dtype == torch.bfloat16
 
 
 def test_the_loop_of_the_readme_works_as_it_stands(monkeypatch, capsys):

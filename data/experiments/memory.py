@@ -163,25 +163,30 @@ def frozen(kind, config, phase, meter):
     return net
 
 
-def offload(net, policy, meter):
-    """remax.offload, also where nothing can be moved: a fake parameter cannot change its device, so
-    its bytes are taken off the count instead."""
+def counted_on_device(meter):
+    """remax.on_device for fake parameters, which cannot change their device: their bytes count."""
+
+    @contextlib.contextmanager
+    def on_device(model, device):
+        size = bytes_of(model) if getattr(model, "is_parked", False) else 0
+        meter.add(size)
+        yield
+        meter.add(-size)
+
+    return on_device
+
+
+def bytes_of(model):
+    return sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+
+
+def park(model, meter):
+    """Its home is CPU memory from now on."""
     if CUDA:
-        remax.offload(net, policy, DEVICE)
-        return
-    size = sum(p.untyped_storage().nbytes() for p in net.parameters())
-    net.is_here = True
-
-    def fetch(*_):
-        meter.add(0 if net.is_here else size)
-        net.is_here = True
-
-    def put_away(*_):
-        meter.add(-size if net.is_here else 0)
-        net.is_here = False
-
-    net.register_forward_pre_hook(fetch)
-    policy.register_forward_pre_hook(put_away)
+        model.to("cpu")
+    else:
+        model.is_parked = True
+        meter.add(-bytes_of(model))
 
 
 def modes(meter):
@@ -226,12 +231,15 @@ def step_peaks(model, flags):
     micro_batch_size = 1 if small else 8
     meter = Meter()
     meter.start()
+    if not CUDA:
+        remax.on_device = counted_on_device(meter)
 
     @torch.no_grad()
     def score(responses):
         if PPO.get(flags):  # both gradients are alive at once
             critic.backward(B // micro_batch_size, micro_batch_size, P, T)
-        return classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
+        with remax.on_device(classifier, DEVICE):
+            return classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
 
     with contextlib.ExitStack() as stack:
         for mode in modes(meter):
@@ -243,8 +251,8 @@ def step_peaks(model, flags):
         reference = frozen(AutoModelForCausalLM, config, "reference", meter)
         classifier = frozen(AutoModelForSequenceClassification, DistilBertConfig(), "score", meter)
         if small or flags == PARKED:
-            offload(reference, policy, meter)
-            offload(classifier, policy, meter)
+            park(reference, meter)
+            park(classifier, meter)
         critic = Critic(config, small, meter) if is_ppo else None
         prompt, attention_mask = torch.full((B, P), 5), torch.ones(B, P, dtype=torch.long)
         attention_mask[::2, 0] = 0  # some padding, so that attention takes the path with a mask
@@ -277,10 +285,11 @@ def step_peaks(model, flags):
     return policy.num_parameters(), peaks_gb, seconds_of(figures)
 
 
-def full_length(batch, size):
-    """remax.micro_batches, which cuts each part to its longest row, and so asks for data."""
-    parts = zip(*(tensor.split(size) for tensor in batch), strict=True)
-    return [remax.Rollout(*tensors) for tensors in parts]
+def full_length(model, prompt, attention_mask, response, mask, rows):
+    """remax.logprobs_of_rows, which cuts the rows to the longest of them, and so asks for data."""
+    return remax.token_logprobs(
+        model, prompt[rows], attention_mask[rows], response[rows], mask[rows]
+    )
 
 
 def main():
@@ -289,7 +298,7 @@ def main():
     )
     parser.parse_args()
     if not CUDA:
-        remax.micro_batches, power = full_length, torch.pow
+        remax.logprobs_of_rows, power = full_length, torch.pow
         torch.pow = lambda x, n: power(x.float() if torch.is_autocast_enabled("cpu") else x, n)
     name = "memory_gpu.jsonl" if CUDA else "memory.jsonl"
     path = Path(__file__).resolve().parent.parent / "results" / name
