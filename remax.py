@@ -185,19 +185,27 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     # last one predicts nothing that we need.
     logits = logits[:, -(T + 1) : -1]  # (B,T,V)
 
-    def row_logprobs(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
-        # In float32: in bfloat16 it would be off by 0.02 nats a token.
+    return logprobs_of_tokens(logits, response).masked_fill(mask == 0, 0.0)  # (B,T)
+
+
+def logprobs_of_tokens(logits, tokens):
+    """log_softmax(logits) at the tokens, in float32: (B,T,V), (B,T) -> (B,T).
+
+    In bfloat16 it would be off by 0.02 nats a token. But float32 copies of all logits would fill
+    the memory. So the rows go one by one, and checkpoint() keeps no copy for the backward pass: it
+    computes the row again.
+    """
+
+    def logprobs_of_row(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         return -torch.nn.functional.cross_entropy(row_logits.float(), row_tokens, reduction="none")
 
-    # This loop is cross_entropy() of all rows in less memory: one float32 copy of a row's logits
-    # at a time. checkpoint() keeps none for the backward pass, but computes the row again.
     logprobs = []
-    for row_logits, row_tokens in zip(logits, response, strict=True):
+    for row_logits, row_tokens in zip(logits, tokens, strict=True):
         row = torch.utils.checkpoint.checkpoint(
-            row_logprobs, row_logits, row_tokens, use_reentrant=False
+            logprobs_of_row, row_logits, row_tokens, use_reentrant=False
         )
         logprobs.append(row)
-    return torch.stack(logprobs).masked_fill(mask == 0, 0.0)  # (B,T)
+    return torch.stack(logprobs)
 
 
 # Where this loss comes from. We maximise E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
@@ -214,8 +222,9 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # Lines 4 and 5: b must not depend on y. The greedy response does not: the prompt and the weights
 # determine it, and no gradient goes through it. A good b is near V(x), the mean reward of the
 # prompt's responses. PPO trains a critic to predict V(x). ReMax takes the reward of one response in
-# its place. That response is often better than most samples, so that r - b is negative. Then all
-# samples are made less likely, the bad ones most. As probabilities sum to 1, the good ones gain.
+# its place. That response is often better than most samples, so that r - b is negative for most of
+# them. That does no harm: by line 4 a push that all samples share cancels in the mean. The bad ones
+# are pushed down more than the good ones, and this difference is what the policy learns from.
 # (The KL of the greedy response could be part of b. Algorithm 1 leaves it out; both are unbiased.)
 #
 # Line 6: the drawn y also gives an estimate of KL = E[log(pi / pi_ref)], often called k1. It may be
@@ -267,8 +276,8 @@ def remax_step(
     policy, reference: causal language models without dropout; reference is frozen, in eval() mode,
     on any device, or None if kl_coef is 0.
     optimizer, scaler: of the policy; the scaler is enabled for float16 alone.
-    score: a function, responses (N,T) -> rewards (N,). It gets the sampled responses and, behind
-    them, the greedy ones.
+    score: a function, responses (2B,T) -> rewards (2B,). It gets the B sampled responses and then
+    the B greedy ones, each in the order of the prompts. It knows the prompts itself.
     prompt, attention_mask: (B,P), padded on the left.
     greedy: False leaves the greedy rows out, and b = 0: plain REINFORCE.
     micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
@@ -284,7 +293,7 @@ def remax_step(
     is_16_bit = dtype != torch.float32
     # Without autocast's own cache, which would hold a 16-bit copy of every weight.
     autocast = torch.autocast(device.type, dtype, enabled=is_16_bit, cache_enabled=False)
-    start_time = time.perf_counter()
+    start = time.perf_counter()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
@@ -292,32 +301,35 @@ def remax_step(
         response, greedy_response, sampling_logprobs = rollout(
             policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, greedy
         )  # (B,T) each, greedy_response (0,T) without greedy
-    rollout_time = time.perf_counter()
+    rollout_end = time.perf_counter()
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
     rewards = score(torch.cat([response, greedy_response]))  # (2B,), or (B,) without greedy
     reward = rewards[:B]  # (B,)
     baseline = rewards[B:] if greedy else torch.zeros_like(reward)  # (B,)
-    score_time = time.perf_counter()
+    score_end = time.perf_counter()
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
     groups = micro_batches(mask, micro_batch_size)  # row indices, (N,) each
-    batch = prompt, attention_mask, response, mask
 
     # 4. Reference. It may live in CPU memory: it is on the GPU for this step alone.
     ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T)
     if reference is not None:
         with on_device(reference, device), torch.no_grad(), autocast:
             for rows in groups:
-                ref_logprobs[rows] = logprobs_of_rows(reference, *batch, rows)  # (N,T)
+                ref_logprobs[rows] = logprobs_of_rows(
+                    reference, prompt, attention_mask, response, mask, rows
+                )  # (N,T)
 
     # 5. Gradient. In train() mode, as gradient checkpointing does nothing without it.
     policy.train()
     logprobs = torch.zeros_like(ref_logprobs)  # (B,T), without gradient, for the figures below
     for rows in groups:
         with autocast:
-            group_logprobs = logprobs_of_rows(policy, *batch, rows)  # (N,T)
+            group_logprobs = logprobs_of_rows(
+                policy, prompt, attention_mask, response, mask, rows
+            )  # (N,T)
         loss = remax_loss(
             group_logprobs,
             ref_logprobs[rows],
@@ -343,28 +355,19 @@ def remax_step(
     optimizer.zero_grad()
 
     # ---- diagnostics only below: nothing changes the update ----
-    # Each figure is a mean over the whole batch: batch_mean() waits for torchrun's other processes.
-    tokens = batch_mean(mask.sum(1))
-    kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
-    difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
-    whole_loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
-    return {
-        "reward": batch_mean(reward),
-        "greedy_reward": batch_mean(baseline) if greedy else None,
-        "advantage": batch_mean(reward - baseline),
-        "zero_advantage": batch_mean(reward == baseline),
-        "kl": batch_mean(kl) if reference is not None else None,
-        "entropy": batch_mean(-logprobs.sum(1)) / tokens,
-        "tokens": tokens,
-        "eos": batch_mean((response == eos_id).any(1)),
-        "sampling_logp_difference": batch_mean(difference.sum(1)) / tokens,
-        "loss": batch_mean(whole_loss),
-        "grad_norm": grad_norm.item(),
-        "skipped": 0.0 if grad_norm.isfinite() else 1.0,
-        "rollout_seconds": rollout_time - start_time,
-        "score_seconds": score_time - rollout_time,
-        "update_seconds": time.perf_counter() - score_time,
-    }
+    figures = step_figures(
+        response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
+    )
+    if not greedy:
+        figures["greedy_reward"] = None
+    if reference is None:
+        figures["kl"] = None
+    figures["grad_norm"] = grad_norm.item()
+    figures["skipped"] = 0.0 if grad_norm.isfinite() else 1.0
+    figures["rollout_seconds"] = rollout_end - start
+    figures["score_seconds"] = score_end - rollout_end
+    figures["update_seconds"] = time.perf_counter() - score_end
+    return figures
 
 
 # -------------------------------------------------------------------------------------------------
@@ -426,6 +429,36 @@ def logprobs_of_rows(model, prompt, attention_mask, response, mask, rows):
     return torch.nn.functional.pad(logprobs, (0, columns_left_out))  # (N,T), 0 where masked
 
 
+def sampling_logp_difference(logprobs, sampling_logprobs, mask):
+    """The mean of |trained - drawn log-prob| over the tokens that count, in nats: (B,T) each."""
+    difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
+    return batch_mean(difference.sum(1)) / batch_mean(mask.sum(1))
+
+
+def step_figures(
+    response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
+):
+    """What a step tells of itself, name -> number: means over the whole batch.
+
+    response, mask and the three logprobs: (B,T); reward, baseline: (B,).
+    """
+    tokens = batch_mean(mask.sum(1))
+    kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
+    loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
+    return {
+        "reward": batch_mean(reward),
+        "greedy_reward": batch_mean(baseline),
+        "advantage": batch_mean(reward - baseline),
+        "zero_advantage": batch_mean(reward == baseline),
+        "kl": batch_mean(kl),
+        "entropy": batch_mean(-logprobs.sum(1)) / tokens,
+        "tokens": tokens,
+        "eos": batch_mean((response == eos_id).any(1)),
+        "sampling_logp_difference": sampling_logp_difference(logprobs, sampling_logprobs, mask),
+        "loss": batch_mean(loss),
+    }
+
+
 def average_over_processes(tensor):
     """Replace a tensor by its mean over the processes of torchrun. A single process keeps it."""
     if dist.is_initialized():
@@ -447,7 +480,7 @@ def average_gradients(model):
 
 
 def batch_mean(values):
-    """The mean over all entries and all processes, as a number. All processes must call it."""
+    """The mean over all entries and all processes, as a number: all processes must call it."""
     mean = values.float().mean()
     average_over_processes(mean)
     return mean.item()
@@ -489,7 +522,7 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is True or value is None:
+    if value is True or value is None:  # switched on, or not given
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")
@@ -510,15 +543,6 @@ def fail(reason, args, *names):
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(flags)}")
 
 
-def true_error(error):
-    """The error that says what is wrong, where a library hides it behind one that does not."""
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-        return error.__cause__  # a bad line of a file
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        return error.__context__  # a full disk: torch.save says "unexpected pos"
-    return error
-
-
 @contextmanager
 def exit_on_bad_input(args, *names):
     """Call fail() with these flags, in place of a traceback, if the block raises BAD_INPUT.
@@ -530,7 +554,6 @@ def exit_on_bad_input(args, *names):
     except torch.OutOfMemoryError:
         raise  # it is a RuntimeError too, but main() knows the remedies
     except BAD_INPUT as error:
-        error = true_error(error)
         reason = str(error).strip() or type(error).__name__
         fail(reason.splitlines()[0], args, *names)
 
@@ -620,7 +643,12 @@ def read_dataset(name):
         return read_file(path)
     if suffix_of(path) in FILE_SUFFIXES and not path.exists():
         raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
-    return list(datasets.load_dataset(name, split="train"))
+    try:
+        return list(datasets.load_dataset(name, split="train"))
+    except datasets.exceptions.DatasetGenerationError as error:
+        if error.__cause__ is not None:  # it says what is wrong with the file
+            raise error.__cause__ from None
+        raise
 
 
 def shortened(value):
@@ -665,7 +693,7 @@ def check_end_of_turn(tokenizer):
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = render(tokenizer, turns)
-    after_content = text.split(content)[-1]
+    after_content = text.rpartition(content)[2]
     if not after_content.strip().startswith(tokenizer.eos_token):
         raise ValueError(
             f"the template ends a turn with {after_content!r}, and not with EOS "
@@ -753,7 +781,8 @@ class PromptRow(NamedTuple):
 def cut_ids(tokenizer, ids, length):
     """The first tokens, but no part of a letter: some letters are several tokens."""
     ids = ids[:length]
-    while tokenizer.decode(ids).endswith("\ufffd"):
+    part_of_a_letter = "\ufffd"  # what decode() writes for it
+    while tokenizer.decode(ids).endswith(part_of_a_letter):
         ids = ids[:-1]
     return ids
 
@@ -807,7 +836,8 @@ def load_prompts(args, tokenizer):
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
     held_out_count = min(128, math.ceil(len(rows) / 5))  # a fifth; 128 give a steady mean
     say_what_was_read(args, rows, held_out_count, dataset)
-    held_out_rows, training_rows = rows[:held_out_count], rows[held_out_count:]
+    held_out_rows = rows[:held_out_count]
+    training_rows = rows[held_out_count:]
     if len(training_rows) < args.batch_size:
         reason = f"{len(training_rows)} prompts to train on are fewer than one batch"
         fail(reason, args, "prompts", "max_prompt_tokens", "batch_size")
@@ -869,11 +899,14 @@ class RewardModel:
 
     def __init__(self, name, dtype, device):
         config = AutoConfig.from_pretrained(name)
-        if "SequenceClassification" not in str(config.architectures):
+        architectures = " ".join(config.architectures or [])
+        if "SequenceClassification" not in architectures:
             raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
         if tokenizer.pad_token is None:  # any token will do, it is masked
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token
+            if tokenizer.unk_token is not None:
+                tokenizer.pad_token = tokenizer.unk_token
         self.tokenizer = tokenizer
         self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype)
         self.model.requires_grad_(False)
@@ -897,6 +930,7 @@ class RewardModel:
             return self.tokenizer([contents_of(chat) for chat in conversations], **options)
         return self.tokenizer.apply_chat_template(conversations, return_dict=True, **options)
 
+    @torch.no_grad()
     def __call__(self, prompts, completions, **columns):
         conversations = []  # texts are joined to a text, lists of messages to a list
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -974,6 +1008,16 @@ def score_responses(args, reward, tokenizer, rows, responses):
 # =================================================================================================
 
 
+def place_in_torchrun(args):
+    """This process's number and the number of processes: 0 and 1 without torchrun."""
+    rank, processes = 0, 1
+    if dist.is_initialized():
+        rank, processes = dist.get_rank(), dist.get_world_size()
+    if args.batch_size % processes != 0:
+        fail(f"the batch does not divide among {processes} processes", args, "batch_size")
+    return rank, processes
+
+
 def choose_device(name):
     """The device of a name such as cpu, cuda or cuda:1. torchrun's processes get a GPU each."""
     device = torch.device(name)
@@ -985,6 +1029,9 @@ def choose_device(name):
         if dist.is_initialized():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)  # nccl uses the current one
+        # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
+        # (pytorch#196678). The other kernels do not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "mps":
         print("device mps: nobody has tested remax.py there")
     torch.zeros(1, device=device)  # raises now if there is no such device
@@ -1030,9 +1077,10 @@ def load_model(auto_class, name, **options):
 
 
 def turn_off_noise(config):
-    """Set every dropout and jitter of a config, and of the configs in it, to 0.
+    """Set every number of a config, and of the configs in it, whose name has drop or jitter to 0.
 
-    With them two passes over one text disagree, and the KL is noise (trl#3500).
+    With dropout two passes over one text disagree, and the KL is noise (trl#3500). It is not always
+    a module that could be switched off: some models call a function with this number.
     """
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
@@ -1046,7 +1094,7 @@ def check_policy(args):
     if Path(args.model, "adapter_config.json").exists():
         raise ValueError("this is an adapter: merge it into its model first")
     config = AutoConfig.from_pretrained(args.model)
-    if "Classification" in str(config.architectures):
+    if "Classification" in " ".join(config.architectures or []):
         raise ValueError("this is a classifier, not a language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_prompt_tokens + args.max_new_tokens > positions:
@@ -1159,11 +1207,12 @@ def read_checkpoint(args, flags, path):
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for name, old in checkpoint["args"].items():
-        if flags.get(name) == old or name in MAY_CHANGE:
-            continue
-        if name == "steps" and args.steps > int(old):
-            continue  # a longer run
-        raise ValueError(f"{as_flag(name)} is {flags.get(name)}, but the run was made with {old}")
+        is_same = flags.get(name) == old
+        is_longer_run = name == "steps" and args.steps > int(old)
+        if not is_same and not is_longer_run and name not in MAY_CHANGE:
+            raise ValueError(
+                f"{as_flag(name)} is {flags.get(name)}, but the run was made with {old}"
+            )
     return checkpoint
 
 
@@ -1191,12 +1240,22 @@ def refuse_old_run(args, folder):
         )
 
 
+def save_or_say_why(checkpoint, file):
+    """torch.save. On a full disk it says "unexpected pos": raise the OSError behind that."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def save_checkpoint(path, checkpoint):
     """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
     unfinished = path.with_suffix(".new")
     try:
         with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
+            save_or_say_why(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -1304,14 +1363,20 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.steps_done = 0
-        self.steps_in_a_row = collections.Counter()  # problem -> the steps that it has lasted
-        self.choose_machine()
+        self.steps_without_advantage = 0  # in a row, as the next one
+        self.steps_of_negative_kl = 0
+        self.rank, self.processes = place_in_torchrun(args)
+        with exit_on_bad_input(args, "device"):
+            self.device = choose_device(args.device)
+        self.dtype = choose_dtype(args.precision, self.device)
         self.flags = flags_to_compare(args, self.dtype)  # now: the files may change during the run
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
+        self.folder = Path(args.output_dir).resolve()
         with exit_on_bad_input(args, "output_dir"):
-            self.lock_folder()
+            if self.rank == 0:  # under torchrun the first process alone writes there
+                self.metrics = open_metrics(self.folder)
             checkpoint = self.read_old_run()
             self.write_args()
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
@@ -1322,28 +1387,6 @@ class Run:
             self.restore(checkpoint)
         self.announce()
         use_one_thread_if_small(self.policy)
-
-    def choose_machine(self):
-        """The device, the dtype, and this process's place among those of torchrun."""
-        args = self.args
-        self.rank, self.processes = 0, 1
-        if dist.is_initialized():  # by torchrun
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        if args.batch_size % self.processes != 0:
-            reason = f"the batch does not divide among {self.processes} processes"
-            fail(reason, args, "batch_size")
-        with exit_on_bad_input(args, "device"):
-            self.device = choose_device(args.device)
-        # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
-        # (pytorch#196678). The other kernels do not.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        self.dtype = choose_dtype(args.precision, self.device)
-
-    def lock_folder(self):
-        """Open the output folder. Under torchrun the first process alone writes there."""
-        self.folder = Path(self.args.output_dir).resolve()
-        if self.rank == 0:
-            self.metrics = open_metrics(self.folder)
 
     def read_old_run(self):
         """Return the checkpoint to go on from. A new run has none, and its folder must be empty."""
@@ -1392,7 +1435,7 @@ class Run:
         """Draw a few tokens and check them, before any time is spent on a model that fails."""
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         by_length = sorted(self.training_rows, key=lambda row: len(row.prompt_ids))
-        rows = [by_length[0], by_length[-1]]  # so that one is padded
+        rows = [by_length[0], by_length[-1]]  # the shortest and the longest, so that one is padded
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (2,P)
         self.policy.eval()
         try:
@@ -1409,9 +1452,9 @@ class Run:
             fail(str(error), self.args, "model")
         mask = response_mask(response, eos_id)  # (2,T)
         with torch.no_grad():
-            full = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (2,T)
-        difference = ((full - logprobs).abs() * mask).sum() / mask.sum()
-        self.check_sampler(difference.item(), torch.float32)
+            expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (2,T)
+        difference = sampling_logp_difference(expected, logprobs, mask)
+        self.check_sampler(difference, torch.float32)
 
     def move_frozen_models(self):
         """Put reference and reward model on the policy's device."""
@@ -1462,7 +1505,7 @@ class Run:
         return (logprobs - ref_logprobs).sum(1)
 
     def evaluate_batch(self, rows):
-        """Answer B rows, sampled and greedy; return a dict of figures and texts for each."""
+        """Answer B rows, sampled and greedy; return name -> a list of one entry a row."""
         B = len(rows)
         tokenizer = self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
@@ -1476,50 +1519,42 @@ class Run:
         )  # (B,T) each
         responses = torch.cat([response, greedy_response])  # (2B,T)
         rewards = score_responses(self.args, self.reward, tokenizer, rows + rows, responses)
-        sampled_rewards = rewards[:B].tolist()
-        greedy_rewards = rewards[B:].tolist()
-        texts = decode_responses(tokenizer, rows, response)
-        greedy_texts = decode_responses(tokenizer, rows, greedy_response)
-        kl = [None] * B
+        results = {
+            "eval_reward": rewards[:B].tolist(),
+            "eval_greedy_reward": rewards[B:].tolist(),
+            "text": decode_responses(tokenizer, rows, response),
+            "greedy_text": decode_responses(tokenizer, rows, greedy_response),
+        }
         if self.reference is not None:
-            kl = self.kl_to_reference(prompt, attention_mask, response).tolist()
-        results = []
-        for i in range(B):
-            result = {
-                "eval_reward": sampled_rewards[i],
-                "eval_greedy_reward": greedy_rewards[i],
-                "eval_kl": kl[i],
-                "text": texts[i],
-                "greedy_text": greedy_texts[i],
-            }
-            results.append(result)
+            kl = self.kl_to_reference(prompt, attention_mask, response)  # (B,)
+            results["eval_kl"] = kl.tolist()
         return results
 
     @torch.no_grad()
     def evaluate(self):
         """Return (figures, samples): means over the held-out rows, and three of them in words."""
-        rows = self.held_out_rows
         size = self.args.batch_size // self.processes  # as many at once as in training
         torch.manual_seed(0)  # the same noise every time
         self.policy.eval()
-        results = []
+        results = collections.defaultdict(list)  # name -> one entry a held-out row
         with weights_as(self.policy, self.dtype):
-            for start in range(0, len(rows), size):
-                results += self.evaluate_batch(rows[start : start + size])
+            for start in range(0, len(self.held_out_rows), size):
+                batch_results = self.evaluate_batch(self.held_out_rows[start : start + size])
+                for name, values in batch_results.items():
+                    results[name] += values
 
-        figures = {}
-        for name in "eval_reward", "eval_greedy_reward", "eval_kl":
-            values = [result[name] for result in results]
-            if None in values:  # the KL, without a reference
-                figures[name] = None
-            else:
-                figures[name] = sum(values) / len(values)
+        figures = {"eval_reward": None, "eval_greedy_reward": None, "eval_kl": None}
+        for name in figures:
+            if results[name]:  # without a reference there is no KL
+                figures[name] = sum(results[name]) / len(results[name])
         samples = []
-        for row, result in zip(rows[:3], results[:3], strict=True):
+        for i, row in enumerate(self.held_out_rows[:3]):
+            reward, text = results["eval_reward"][i], results["text"][i]
+            greedy_reward, greedy_text = results["eval_greedy_reward"][i], results["greedy_text"][i]
             samples.append(
                 f"  > {row.prompt_text}\n"
-                f"    sampled {result['eval_reward']:6.3f}  {result['text']!r}\n"
-                f"    greedy  {result['eval_greedy_reward']:6.3f}  {result['greedy_text']!r}"
+                f"    sampled {reward:6.3f}  {text!r}\n"
+                f"    greedy  {greedy_reward:6.3f}  {greedy_text!r}"
             )
         return figures, samples
 
@@ -1624,19 +1659,19 @@ class Run:
 
     def warn_of_trouble(self, figures):
         """Print a warning when a problem has been there for 20 steps in a row."""
-        kl = figures["kl"]
-        problems = {
-            "zero_advantage 1: are all responses or rewards alike?": figures["zero_advantage"] == 1,
-            # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
-            "KL below -1: are the responses drawn from the policy?": kl is not None and kl < -1,
-        }
-        for problem, is_there in problems.items():
-            if is_there:
-                self.steps_in_a_row[problem] += 1
-            else:
-                self.steps_in_a_row[problem] = 0
-            if self.steps_in_a_row[problem] == 20:
-                tqdm.write(f"warning: 20 steps of {problem}")
+        if figures["zero_advantage"] == 1:
+            self.steps_without_advantage += 1
+        else:
+            self.steps_without_advantage = 0
+        if self.steps_without_advantage == 20:
+            tqdm.write("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
+        # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
+        if figures["kl"] is not None and figures["kl"] < -1:
+            self.steps_of_negative_kl += 1
+        else:
+            self.steps_of_negative_kl = 0
+        if self.steps_of_negative_kl == 20:
+            tqdm.write("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
 
     def show(self, bar, step, figures):
         """Write the step's figures in front of the bar or, where there is none, as a line."""
@@ -1843,9 +1878,10 @@ def absolute(path):
 
 def parse_args(argv=None):
     parser = make_parser()
+    # The first pass is there only to see whether --model was typed.
     is_tiny_world = parser.parse_args(argv).model is None
     if is_tiny_world:
-        parser.set_defaults(**TINY_WORLD)  # what was typed goes before a default
+        parser.set_defaults(**TINY_WORLD)
     args = parser.parse_args(argv)
     if args.output_dir is None:
         name = "tiny-policy" if is_tiny_world else Path(args.model).name

@@ -2708,8 +2708,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "taken_in_float32"),
     ("float32 copy of all logits kept",
      "torch.utils.checkpoint.checkpoint(\n"
-     "            row_logprobs, row_logits, row_tokens, use_reentrant=False\n        )",
-     "row_logprobs(row_logits, row_tokens)", "no_float32"),
+     "            logprobs_of_row, row_logits, row_tokens, use_reentrant=False\n        )",
+     "logprobs_of_row(row_logits, row_tokens)", "no_float32"),
     ("off by one in the logits", "logits[:, -(T + 1) : -1]", "logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing",
      "    policy.eval()\n    with weights_as(policy, dtype):",
@@ -2745,8 +2745,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
      "metrics.truncate(min(size_now, size_then))", "pass", "cut_off"),
-    ("resume with other mathematics", "if flags.get(name) == old or name in MAY_CHANGE:",
-     "if True:", "resumed_as_another"),
+    ("resume with other mathematics", "is_same = flags.get(name) == old",
+     "is_same = True", "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
      "unfinished = path",
      "disk_full_while"),
@@ -2791,8 +2791,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("tokens averaged over the wrong axis", "tokens = batch_mean(mask.sum(1))",
      "tokens = batch_mean(mask.float().sum(0))",
      "figures_are"),
-    ("logged loss scaled wrongly", '"loss": batch_mean(whole_loss)',
-     '"loss": batch_mean(whole_loss) / B', "figures_are"),
+    ("logged loss scaled wrongly", '"loss": batch_mean(loss)',
+     '"loss": batch_mean(loss) / len(mask)', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
@@ -2804,7 +2804,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("sampler not checked",
      "if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:", "if False:",
      "cache_is_wrong"),
-    ("sampler not checked before the run", "self.check_sampler(difference.item(), torch.float32)",
+    ("sampler not checked before the run", "self.check_sampler(difference, torch.float32)",
      "pass", "cache_is_wrong"),
     ("sampler not checked in the first step",
      'self.check_sampler(figures["sampling_logp_difference"], self.dtype)', "pass",
@@ -3063,8 +3063,8 @@ def test_the_samples_of_the_readme_are_those_of_the_run():
 
 def test_the_console_of_the_readme_is_that_of_the_run():
     console = (DATA / "results/tiny/remax-0.txt").read_text().splitlines()
-    shown = re.findall(r"^    ((?:640 prompts|step \d+: held|eval_).*)$", README, re.M)
-    assert len(shown) == 6
+    shown = re.findall(r"^    ((?:640 prompts|step \d+: held|eval_|\w+_seconds ).*)$", README, re.M)
+    assert len(shown) == 9
     assert all(line in console for line in shown)
 
 
