@@ -50,13 +50,14 @@ import hashlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -1272,12 +1273,13 @@ def stop_signals():
     return numbers
 
 
-def give_children_own_handlers(numbers):
-    """See to it that SIGTERM ends a process that a reward function has forked.
+def keep_signals_from_children(numbers):
+    """Let the signals for the run end at the run, and not at processes that a reward has forked.
 
-    A child inherits the run's handlers, which make a note of a signal and go on. So it would
-    survive Process.terminate(). Around a fork the signals are held back, as Python forgets those
-    that reach a child before it has handlers of its own.
+    The run needs their answers to finish its step. So each gets a process group of its own: a
+    terminal, `timeout` and torchrun send their signals to the run's group. And it gets the default
+    handlers, so that Process.terminate() ends it: the run's only make a note of a signal. Around a
+    fork signals are held back. Python forgets those that reach a child before this is done.
     """
 
     def hold_signals():
@@ -1286,20 +1288,33 @@ def give_children_own_handlers(numbers):
     def release_signals():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    def set_handlers_of_child():
+    def prepare_child():
+        os.setpgrp()
         for number in numbers:
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)  # it ends the child
-            else:
-                # A terminal sends these to the child too. The run needs its answer.
-                signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_DFL)
         release_signals()
 
     os.register_at_fork(
         before=hold_signals,
         after_in_parent=release_signals,
-        after_in_child=set_handlers_of_child,
+        after_in_child=prepare_child,
     )
+
+
+def silence_output():
+    """Go on when nobody is there any more to read what is printed: printing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # standard output
+    os.dup2(nowhere, 2)  # standard error
+
+
+def say(line):
+    """Print a line, in front of the bar if there is one. `| head` or `| tee` may have ended."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_output()
 
 
 class StopRequest:
@@ -1311,24 +1326,27 @@ class StopRequest:
         for number in numbers:
             signal.signal(number, self.receive)
         if hasattr(os, "register_at_fork"):  # Windows has no fork
-            give_children_own_handlers(numbers)
+            keep_signals_from_children(numbers)
 
     def receive(self, number, frame):
-        if self.signal_number != 0:  # this is the second signal
-            # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
-            os._exit(128 + number)
-        self.signal_number = number
-        if number in (signal.SIGINT, signal.SIGTERM):
-            # Not print(): the signal may have come in the middle of one.
-            os.write(2, b"\nstopping after this step; press again to stop now, unsaved\n")
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal was closed
+            silence_output()
+        elif self.signal_number == 0:
+            self.answer()
         else:
-            self.silence_output()
+            self.end_now(number)
+        self.signal_number = number
 
-    def silence_output(self):
-        """The terminal is gone, and printing to it would fail."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)  # standard output
-        os.dup2(nowhere, 2)  # standard error
+    def answer(self):
+        message = b"\nstopping after this step; press again to stop now, unsaved\n"
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, message)  # not print(): the signal may have come in the middle of one
+
+    def end_now(self, number):
+        for child in multiprocessing.active_children():
+            child.terminate()
+        # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
+        os._exit(128 + number)
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
@@ -1563,9 +1581,9 @@ class Run:
             return  # the other processes wait at the next all_reduce
         figures, samples = self.evaluate()
         self.log({"step": step} | figures)
-        tqdm.write(f"step {step}: held-out {in_words(figures, 'eval_')}")
+        say(f"step {step}: held-out {in_words(figures, 'eval_')}")
         for sample in samples:
-            tqdm.write(sample)
+            say(sample)
 
     def learning_rate(self, step):
         """A cosine from --lr down to 0. It depends on the step alone: no scheduler to resume."""
@@ -1647,6 +1665,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
         }
         with exit_on_bad_input(self.args, "output_dir"):
+            os.fsync(self.metrics.fileno())  # or a power cut could lose rows that it counts
             save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
     def save_model(self):
@@ -1664,19 +1683,19 @@ class Run:
         else:
             self.steps_without_advantage = 0
         if self.steps_without_advantage == 20:
-            tqdm.write("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
+            say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
         # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
         if figures["kl"] is not None and figures["kl"] < -1:
             self.steps_of_negative_kl += 1
         else:
             self.steps_of_negative_kl = 0
         if self.steps_of_negative_kl == 20:
-            tqdm.write("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
+            say("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
 
     def show(self, bar, step, figures):
         """Write the step's figures in front of the bar or, where there is none, as a line."""
         if bar.disable:  # standard output is not a terminal
-            print(f"step {step}: {in_words(figures)}", flush=True)
+            say(f"step {step}: {in_words(figures)}")
         else:
             bar.set_description_str(in_words(figures), refresh=False)
 
@@ -1714,7 +1733,7 @@ class Run:
             if is_last or is_stopped or is_stuck or step % args.save_every == 0:
                 self.save(step)
             if is_stopped:
-                tqdm.write(f"stopped after step {step}: the same command with --resume continues")
+                say(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
             if is_stuck:
                 reason = "no finite gradient in 5 steps; a checkpoint is saved"

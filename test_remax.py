@@ -2387,10 +2387,9 @@ def test_a_forked_child_ends_on_sigterm_from_its_birth_on():
 WORKING = """
 import multiprocessing
 import os
-import signal
 import time
 
-os.setpgid(0, 0)  # a group of its own: Ctrl-C is for the run, and not for pytest
+os.setpgid(0, 0)  # a group of its own: the signal is for the run, and not for pytest
 
 def work(seconds):
     time.sleep(seconds)
@@ -2400,18 +2399,76 @@ def f(completions, **kwargs):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         if not os.path.exists(__file__ + ".called"):
             open(__file__ + ".called", "w")
-            os.killpg(os.getpgid(0), signal.SIGINT)  # as a terminal does at Ctrl-C
+            os.killpg(os.getpgid(0), NUMBER)
         return pool.map(work, [0.2] * len(completions))
 """
 
 
-def test_ctrl_c_leaves_the_forked_children_of_a_reward_at_work(small, tmp_path):
-    (tmp_path / "working.py").write_text(WORKING)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
+    number, small, tmp_path
+):
+    """As Ctrl-C in a terminal, `timeout` and torchrun, and a terminal that is closed."""
+    (tmp_path / "working.py").write_text(WORKING.replace("NUMBER", str(int(number))))
     flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
     done = Child(*flags, "--output-dir", tmp_path / "run").wait()
-    assert done.returncode == 130, done.stderr
-    assert "stopped after step 1" in done.stdout
+    assert done.returncode == 128 + number, done.stderr
     assert "Traceback" not in done.stderr
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 1
+
+
+def close_the_terminal_twice():
+    stop = remax.StopRequest()
+    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)  # the shell sends one, and the kernel another
+    assert stop.signal_number == signal.SIGHUP
+
+
+def test_a_second_sighup_does_not_end_the_run():
+    run_in_a_child(close_the_terminal_twice)
+
+
+def run_without_a_reader(flags):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    remax.main(flags)
+
+
+def test_a_run_whose_reader_has_gone_goes_on(small, tmp_path):
+    """As `python remax.py | head -3`, or `| tee log` after Ctrl-C."""
+    flags = [*map(str, small), "--steps", "2", "--output-dir", str(tmp_path / "run")]
+    run_in_a_child(run_without_a_reader, flags)
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+ASLEEP = """
+import multiprocessing
+import os
+import signal
+import time
+
+def f(completions, **kwargs):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    worker.start()
+    open(__file__ + ".pid", "w").write(str(worker.pid))
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_run_that_is_ended_at_once_takes_its_children_along(small, tmp_path):
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    flags = [*small, "--reward", f"{tmp_path}/asleep.py:f", "--output-dir", tmp_path / "run"]
+    assert Child(*flags).wait().returncode == 130
+    worker = int((tmp_path / "asleep.py.pid").read_text())
+    deadline = time.time() + 10
+    while Path(f"/proc/{worker}").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    assert time.time() < deadline, "the worker lives on"
 
 
 def test_a_reward_may_change_the_working_directory(small, tmp_path):
@@ -2755,12 +2812,15 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
-    ("child that ignores SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
+    ("child that survives SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
      "reward_that_forks"),
     ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
      "from_its_birth"),
-    ("child that Ctrl-C ends", "signal.signal(number, signal.SIG_IGN)",
-     "signal.signal(number, signal.SIG_DFL)", "forked_children"),
+    ("child that the run's signals reach", "        os.setpgrp()\n", "", "forked_children"),
+    ("second SIGHUP that ends the run", "if number not in (signal.SIGINT, signal.SIGTERM):",
+     "if False:", "second_sighup"),
+    ("printing to nobody", "    except BrokenPipeError:\n", "    except ZeroDivisionError:\n",
+     "reader_has_gone"),
     ("stop that saves nothing", "if is_last or is_stopped or is_stuck", "if is_last or is_stuck",
      "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
