@@ -13,7 +13,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
      rollout away.
 
 The baseline is there to lower the variance: it takes away what the rewards of a
-prompt have in common. It leaves the mean of the gradient as it is.
+prompt have in common, if they have much in common. It leaves the mean of the
+gradient as it is.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
@@ -104,16 +105,15 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
     another one greedily. We need pi itself.
     """
     B = len(prompt)
-    N = 2 * B if greedy else B  # rows: B sampled ones, then B greedy ones
-    if greedy:
-        prompt = prompt.repeat(2, 1)  # (N,P)
-        attention_mask = attention_mask.repeat(2, 1)  # (N,P)
+    copies = 2 if greedy else 1
+    prompt = prompt.repeat(copies, 1)  # (N,P): B rows to sample, then B greedy ones
+    attention_mask = attention_mask.repeat(copies, 1)  # (N,P)
 
     cache = None
     next_input = prompt  # what the model reads next: (N,P), and from then on (N,1)
     # Padding is no position: the first real token of each row is at 0.
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P), those of next_input
-    done = torch.zeros(N, 1, dtype=torch.bool, device=prompt.device)  # (N,1)
+    done = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)  # (N,1)
     tokens, logprobs = [], []
     for _ in range(max_new_tokens):
         output = policy(
@@ -132,10 +132,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         probabilities = logits[:B].softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
         logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
-        new_tokens = sampled  # (B,1)
-        if greedy:
-            likeliest = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t
-            new_tokens = torch.cat([sampled, likeliest])  # (N,1)
+        likeliest = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t; (0,1) if not greedy
+        new_tokens = torch.cat([sampled, likeliest])  # (N,1)
 
         # A row that is done goes on with padding until all are done. Its results are not used.
         new_tokens = new_tokens.masked_fill(done, pad_id)  # (N,1)
@@ -145,7 +143,9 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
             break
         next_input = new_tokens  # (N,1)
         positions = positions[:, -1:] + 1  # (N,1)
-        attention_mask = torch.cat([attention_mask, torch.ones_like(new_tokens)], 1)  # (N,P+t+1)
+        attention_mask = torch.cat(
+            [attention_mask, torch.ones_like(new_tokens)], 1
+        )  # one column more
     responses = torch.cat(tokens, 1)  # (N,T)
     greedy_response = responses[B:]  # (0,T) without greedy rows
     return responses[:B], greedy_response, torch.cat(logprobs, 1)
@@ -186,10 +186,10 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     # last one predicts nothing that we need.
     logits = logits[:, -(T + 1) : -1]  # (B,T,V)
 
-    return logprobs_of_tokens(logits, response).masked_fill(mask == 0, 0.0)  # (B,T)
+    return log_softmax_at(logits, response).masked_fill(mask == 0, 0.0)  # (B,T)
 
 
-def logprobs_of_tokens(logits, tokens):
+def log_softmax_at(logits, tokens):
     """log_softmax(logits) at the tokens, in float32: (B,T,V), (B,T) -> (B,T).
 
     In bfloat16 it would be off by 0.02 nats a token. But float32 copies of all logits would fill
@@ -197,13 +197,13 @@ def logprobs_of_tokens(logits, tokens):
     computes the row again.
     """
 
-    def logprobs_of_row(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
+    def one_row(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
         return -torch.nn.functional.cross_entropy(row_logits.float(), row_tokens, reduction="none")
 
     logprobs = []
     for row_logits, row_tokens in zip(logits, tokens, strict=True):
         row = torch.utils.checkpoint.checkpoint(
-            logprobs_of_row, row_logits, row_tokens, use_reentrant=False
+            one_row, row_logits, row_tokens, use_reentrant=False
         )
         logprobs.append(row)
     return torch.stack(logprobs)
@@ -314,12 +314,12 @@ def remax_step(
     mask = response_mask(response, eos_id)  # (B,T)
     groups = micro_batches(mask, micro_batch_size)  # row indices, (N,) each
 
-    # 4. Reference. It may live in CPU memory: it is on the GPU for this step alone.
+    # 4. Reference. With --offload it lives in CPU memory, and is on the GPU for this step alone.
     ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T)
     if reference is not None:
         with on_device(reference, device), torch.no_grad(), autocast:
             for rows in groups:
-                ref_logprobs[rows] = logprobs_of_rows(
+                ref_logprobs[rows] = micro_batch_logprobs(
                     reference, prompt, attention_mask, response, mask, rows
                 )  # (N,T)
 
@@ -328,7 +328,7 @@ def remax_step(
     logprobs = torch.zeros_like(ref_logprobs)  # (B,T), without gradient, for the figures below
     for rows in groups:
         with autocast:
-            group_logprobs = logprobs_of_rows(
+            group_logprobs = micro_batch_logprobs(
                 policy, prompt, attention_mask, response, mask, rows
             )  # (N,T)
         loss = remax_loss(
@@ -404,7 +404,7 @@ def on_device(model, device):
 
 
 def micro_batches(mask, size):
-    """The rows that go through the models together: a list of indices (N,), N at most `size`.
+    """The rows that go through the models together: indices (N,) for each, N at most `size`.
 
     Rows of similar length go together, as padding costs as much as tokens. mask: (B,T).
     """
@@ -412,7 +412,7 @@ def micro_batches(mask, size):
     return rows_by_length.split(size)
 
 
-def logprobs_of_rows(model, prompt, attention_mask, response, mask, rows):
+def micro_batch_logprobs(model, prompt, attention_mask, response, mask, rows):
     """token_logprobs() of some rows of a batch, without the padding that they have in common.
 
     prompt, attention_mask: (B,P); response, mask: (B,T); rows: (N,). Returns (N,T).
@@ -523,10 +523,12 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is True or value is None:  # switched on, or not given
+    if value is None:  # it was not given
+        return as_flag(name)
+    if value is True:
         return as_flag(name)
     if value is False:
-        return as_flag(f"no_{name}")
+        return as_flag(f"no_{name}")  # --no-offload for offload
     return f"{as_flag(name)} {as_text(value)}"
 
 
@@ -1381,8 +1383,8 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.steps_done = 0
-        self.steps_without_advantage = 0  # in a row, as the next one
-        self.steps_of_negative_kl = 0
+        self.steps_without_advantage = 0  # in a row
+        self.steps_of_negative_kl = 0  # in a row
         self.rank, self.processes = place_in_torchrun(args)
         with exit_on_bad_input(args, "device"):
             self.device = choose_device(args.device)
@@ -1393,6 +1395,7 @@ class Run:
             self.tokenizer = load_policy_tokenizer(args)
         self.folder = Path(args.output_dir).resolve()
         with exit_on_bad_input(args, "output_dir"):
+            self.metrics = None
             if self.rank == 0:  # under torchrun the first process alone writes there
                 self.metrics = open_metrics(self.folder)
             checkpoint = self.read_old_run()
@@ -1567,13 +1570,9 @@ class Run:
                 figures[name] = sum(results[name]) / len(results[name])
         samples = []
         for i, row in enumerate(self.held_out_rows[:3]):
-            reward, text = results["eval_reward"][i], results["text"][i]
-            greedy_reward, greedy_text = results["eval_greedy_reward"][i], results["greedy_text"][i]
-            samples.append(
-                f"  > {row.prompt_text}\n"
-                f"    sampled {reward:6.3f}  {text!r}\n"
-                f"    greedy  {greedy_reward:6.3f}  {greedy_text!r}"
-            )
+            sampled = f"{results['eval_reward'][i]:6.3f}  {results['text'][i]!r}"
+            greedy = f"{results['eval_greedy_reward'][i]:6.3f}  {results['greedy_text'][i]!r}"
+            samples.append(f"  > {row.prompt_text}\n    sampled {sampled}\n    greedy  {greedy}")
         return figures, samples
 
     def evaluate_and_log(self, step):

@@ -2400,7 +2400,7 @@ def f(completions, **kwargs):
         if not os.path.exists(__file__ + ".called"):
             open(__file__ + ".called", "w")
             os.killpg(os.getpgid(0), NUMBER)
-        return pool.map(work, [0.2] * len(completions))
+        return pool.map(work, [0.05] * len(completions))
 """
 
 
@@ -2767,15 +2767,15 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "taken_in_float32"),
     ("float32 copy of all logits kept",
      "torch.utils.checkpoint.checkpoint(\n"
-     "            logprobs_of_row, row_logits, row_tokens, use_reentrant=False\n        )",
-     "logprobs_of_row(row_logits, row_tokens)", "no_float32"),
+     "            one_row, row_logits, row_tokens, use_reentrant=False\n        )",
+     "one_row(row_logits, row_tokens)", "no_float32"),
     ("off by one in the logits", "logits[:, -(T + 1) : -1]", "logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing",
      "    policy.eval()\n    with weights_as(policy, dtype):",
      "    with weights_as(policy, dtype):",
      "checkpointing_changes"),
-    ("greedy rows of other prompts", "prompt = prompt.repeat(2, 1)",
-     "prompt = torch.cat([prompt, prompt.flip(0)])", "generate"),
+    ("greedy rows of other prompts", "prompt = prompt.repeat(copies, 1)",
+     "prompt = torch.cat([prompt, prompt.flip(0)][:copies])", "generate"),
     ("greedy rows drawn too", "logits[B:].argmax(-1, keepdim=True)",
      "torch.multinomial(logits[B:].softmax(-1), 1)", "generate"),
     ("sampler's log-probs of another token", "probabilities.gather(1, sampled)",

@@ -286,7 +286,7 @@ def step_peaks(model, flags):
 
 
 def full_length(model, prompt, attention_mask, response, mask, rows):
-    """remax.logprobs_of_rows, which cuts the rows to the longest of them, and so asks for data."""
+    """remax.micro_batch_logprobs, which cuts to the longest row, and so asks for data."""
     return remax.token_logprobs(
         model, prompt[rows], attention_mask[rows], response[rows], mask[rows]
     )
@@ -298,7 +298,7 @@ def main():
     )
     parser.parse_args()
     if not CUDA:
-        remax.logprobs_of_rows, power = full_length, torch.pow
+        remax.micro_batch_logprobs, power = full_length, torch.pow
         torch.pow = lambda x, n: power(x.float() if torch.is_autocast_enabled("cpu") else x, n)
     name = "memory_gpu.jsonl" if CUDA else "memory.jsonl"
     path = Path(__file__).resolve().parent.parent / "results" / name
