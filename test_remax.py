@@ -431,6 +431,14 @@ def main_in_a_child(flags, files, folder, encoding, file_limit):
     remax.main(flags)
 
 
+def join(process):
+    """Wait for a process. One that hangs is killed: Python would wait for it when pytest ends."""
+    process.join(timeout=60)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs, "it hangs"
+
+
 class Child:
     """A run of remax.py in a process of its own."""
 
@@ -449,8 +457,7 @@ class Child:
 
     def wait(self):
         """Itself, ended: its exit code and what it said."""
-        self.process.join(timeout=120)
-        assert not self.is_alive(), "it hangs"
+        join(self.process)
         self.returncode = self.process.exitcode
         self.stdout, self.stderr = (file.read_text() for file in self.files)
         return self
@@ -459,7 +466,7 @@ class Child:
 def run_in_a_child(target, *args):
     process = FORKSERVER.Process(target=target, args=args)
     process.start()
-    process.join(timeout=120)
+    join(process)
     assert process.exitcode == 0
 
 
