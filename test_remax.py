@@ -1548,7 +1548,7 @@ def test_a_model_whose_cache_is_wrong_is_refused_by_name(family, tmp_path, capsy
     model = make(family, vocab_size=700)
     model.save_pretrained(tmp_path / "policy")
     flags = ["--model", tmp_path / "policy", "--prompts", TINY / "prompts.jsonl"]
-    flags += ["--reward", f"{DATA}/experiments/shifted_reward.py:plus_0"]
+    flags += ["--reward", f"{DATA}/experiments/shifted_reward.py:plus_0", "--steps", 1]
     code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run")
     assert code == 1
     assert f"the cached decoding of {type(model).__name__} is not" in said[-2]
@@ -1570,7 +1570,7 @@ def test_a_wrong_sampler_stops_the_run_before_and_in_its_first_step(
         return result
 
     monkeypatch.setattr(remax, "rollout", tempered)
-    code, said = answer(capsys, "--output-dir", tmp_path)
+    code, said = answer(capsys, "--output-dir", tmp_path, "--steps", 2)
     assert code == 1
     assert "sampling_logp_difference" in said[-2]
     assert "--model" in said[-1]
