@@ -523,9 +523,7 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None:  # it was not given
-        return as_flag(name)
-    if value is True:
+    if value is None or value is True:  # not given, or switched on
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -1410,7 +1408,7 @@ class Run:
         use_one_thread_if_small(self.policy)
 
     def read_old_run(self):
-        """Return the checkpoint to go on from. A new run has none, and its folder must be empty."""
+        """Return the checkpoint to go on from. A new run has none: refuse an old one."""
         if self.args.resume:
             return read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
         if self.rank == 0:
