@@ -28,14 +28,14 @@ Symbols, in shapes and equations:
   B  prompts in a batch                 x           prompt
   P  tokens of a prompt                 y, ybar     response, greedy response
   T  tokens of a response               r, b        reward, baseline
-  V  tokens in the vocabulary           A           advantage
-  N  rows, as many as are passed        pi, pi_ref  policy, reference
+  V  tokens in the vocabulary           A_t         advantage of token t
+  N  rows of a part of a batch          pi, pi_ref  policy, reference
                                         beta        kl_coef, the price of KL
 Prompts are padded on the left, responses on the right.
 
-To learn the algorithm, read rollout, response_mask, token_logprobs, remax_loss
-and remax_step, and stop there. The rest reads prompts, asks for rewards, saves
-the run, and refuses what would go wrong.
+To learn the algorithm, read from rollout to remax_step, and stop there. The
+rest reads prompts, asks for rewards, saves the run, and refuses what would go
+wrong.
 
   python remax.py                        # a tiny GPT-2: no GPU, no download
   python remax.py --model gpt2-large     # one GPU: favourable film reviews
@@ -56,6 +56,7 @@ import os
 import pickle
 import random
 import signal
+import statistics
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -72,7 +73,6 @@ import datasets
 import pyarrow.parquet  # comes with datasets
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 import transformers
 from safetensors import SafetensorError  # comes with transformers
 from tqdm import tqdm
@@ -90,30 +90,27 @@ from transformers import (
 
 
 @torch.no_grad()
-def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, greedy=True):
+def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     """Draw a response to each prompt, and decode the greedy one beside it, in one loop.
 
     policy: a Hugging Face causal language model in eval() mode.
     prompt, attention_mask: (B,P), padded on the left.
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
     logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
-    With greedy=False greedy_response is (0,T).
     Raises ValueError for a model without a cache (RWKV, BERT): token by token, it would forget.
 
     Why not generate()? By default it samples from the 50 likeliest tokens (transformers#38549) and
-    obeys the checkpoint's generation_config (trl#5783), and it cannot draw one row and decode
-    another one greedily. We need pi itself.
+    obeys the checkpoint's generation_config (trl#5783). We need pi itself. And it cannot draw one
+    row and decode another one greedily, in the time of one.
     """
-    B = len(prompt)
-    copies = 2 if greedy else 1
-    prompt = prompt.repeat(copies, 1)  # (N,P): B rows to sample, then B greedy ones
-    attention_mask = attention_mask.repeat(copies, 1)  # (N,P)
+    # Rows 0 to B-1 are for the sampled responses, rows B to 2B-1 for the greedy ones.
+    prompt = torch.cat([prompt, prompt])  # (2B,P)
+    attention_mask = torch.cat([attention_mask, attention_mask])  # (2B,P)
 
     cache = None
-    next_input = prompt  # what the model reads next: (N,P), and from then on (N,1)
-    # Padding is no position: the first real token of each row is at 0.
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (N,P), those of next_input
-    done = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)  # (N,1)
+    next_input = prompt  # what the model reads next: (2B,P), and from then on (2B,1)
+    positions = position_ids(attention_mask)  # (2B,P), those of next_input
+    done = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)  # (2B,1)
     tokens, logprobs = [], []
     for _ in range(max_new_tokens):
         output = policy(
@@ -128,27 +125,35 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, gree
         if cache is None:
             raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
 
-        logits = output.logits[:, -1].float()  # (N,V)
-        probabilities = logits[:B].softmax(-1)  # (B,V): all of pi, no temperature, no top-k
+        logits, greedy_logits = output.logits[:, -1].float().chunk(2)  # (B,V) each
+        probabilities = logits.softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
         logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
-        likeliest = logits[B:].argmax(-1, keepdim=True)  # (B,1): ybar_t; (0,1) if not greedy
-        new_tokens = torch.cat([sampled, likeliest])  # (N,1)
+        likeliest = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
+        new_tokens = torch.cat([sampled, likeliest])  # (2B,1)
 
-        # A row that is done goes on with padding until all are done. Its results are not used.
-        new_tokens = new_tokens.masked_fill(done, pad_id)  # (N,1)
+        # A row that is done goes on with padding until all are done. Nobody uses what it computes.
+        new_tokens = new_tokens.masked_fill(done, pad_id)  # (2B,1)
         tokens.append(new_tokens)
-        done = done | (new_tokens == eos_id)
+        done = done | (new_tokens == eos_id)  # (2B,1)
         if done.all():
             break
-        next_input = new_tokens  # (N,1)
-        positions = positions[:, -1:] + 1  # (N,1)
-        attention_mask = torch.cat(
-            [attention_mask, torch.ones_like(new_tokens)], 1
-        )  # one column more
-    responses = torch.cat(tokens, 1)  # (N,T)
-    greedy_response = responses[B:]  # (0,T) without greedy rows
-    return responses[:B], greedy_response, torch.cat(logprobs, 1)
+
+        next_input = new_tokens  # (2B,1)
+        positions = positions[:, -1:] + 1  # (2B,1)
+        new_column = torch.ones_like(new_tokens)  # (2B,1)
+        attention_mask = torch.cat([attention_mask, new_column], 1)  # one column more
+    response, greedy_response = torch.cat(tokens, 1).chunk(2)  # (B,T) each
+    return response, greedy_response, torch.cat(logprobs, 1)
+
+
+def position_ids(attention_mask):
+    """The position of each token, where padding on the left is no position: (B,P) -> (B,P).
+
+    The mask 0 0 1 1 1 has the positions 0 0 0 1 2. Without them a left-padded GPT-2 is off by tens
+    of nats (trl#6800).
+    """
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def response_mask(response, eos_id):
@@ -173,40 +178,19 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     T = response.size(1)
     ids = torch.cat([prompt, response], 1)  # (B,P+T)
     attention_mask = torch.cat([attention_mask, mask], 1)  # (B,P+T)
-    # Without positions a left-padded GPT-2 is off by tens of nats (trl#6800).
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B,P+T)
     logits = model(
         ids,
         attention_mask=attention_mask,
-        position_ids=positions,
+        position_ids=position_ids(attention_mask),
         use_cache=False,
-        logits_to_keep=T + 1,
+        logits_to_keep=T + 1,  # these predict the T tokens of the response, and one after it
     ).logits
-    # Cut again: some models ignore logits_to_keep. Each column predicts the token after it, so the
-    # last one predicts nothing that we need.
-    logits = logits[:, -(T + 1) : -1]  # (B,T,V)
-
-    return log_softmax_at(logits, response).masked_fill(mask == 0, 0.0)  # (B,T)
-
-
-def log_softmax_at(logits, tokens):
-    """log_softmax(logits) at the tokens, in float32: (B,T,V), (B,T) -> (B,T).
-
-    In bfloat16 it would be off by 0.02 nats a token. But float32 copies of all logits would fill
-    the memory. So the rows go one by one, and checkpoint() keeps no copy for the backward pass: it
-    computes the row again.
-    """
-
-    def one_row(row_logits, row_tokens):  # (T,V), (T,) -> (T,)
-        return -torch.nn.functional.cross_entropy(row_logits.float(), row_tokens, reduction="none")
-
-    logprobs = []
-    for row_logits, row_tokens in zip(logits, tokens, strict=True):
-        row = torch.utils.checkpoint.checkpoint(
-            one_row, row_logits, row_tokens, use_reentrant=False
-        )
-        logprobs.append(row)
-    return torch.stack(logprobs)
+    # Some models ignore logits_to_keep and return all (B,P+T,V): cut in any case.
+    logits = logits[:, -(T + 1) : -1]  # (B,T,V): column t predicts response token t
+    # In bfloat16 log_softmax would be off by 0.02 nats a token.
+    logprobs = logits.float().log_softmax(-1)  # (B,T,V)
+    logprobs = logprobs.gather(-1, response.unsqueeze(-1)).squeeze(-1)  # (B,T)
+    return logprobs.masked_fill(mask == 0, 0.0)
 
 
 # Where this loss comes from. We maximise E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
@@ -215,25 +199,25 @@ def log_softmax_at(logits, tokens):
 #   2. log pi(y|x) = sum_t log pi(y_t|x,y_<t)                         so the loss sums over tokens
 #   3. E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0          as sum_y pi(y|x) = 1
 #   4. E[b * grad log pi(y|x)] = b * 0 = 0                            so b(x) may be subtracted
-#   5. b = r(x, ybar)                                                 no critic is needed
-#   6. A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s))     the KL, from token t on
+#   5. grad KL = E[log(pi / pi_ref) * grad log pi] + E[grad log pi]   the second term is 0, by 3
+#   6. A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s))     b = r(x, ybar): no critic
 #
 # Line 1 is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
 #
-# Lines 4 and 5: b must not depend on y. The greedy response does not: the prompt and the weights
-# determine it, and no gradient goes through it. A good b is near V(x), the mean reward of the
-# prompt's responses. PPO trains a critic to predict V(x). ReMax takes the reward of one response in
-# its place. That response is often better than most samples, so that r - b is negative for most of
-# them. That does no harm: by line 4 a push that all samples share cancels in the mean. The bad ones
-# are pushed down more than the good ones, and this difference is what the policy learns from.
-# (The KL of the greedy response could be part of b. Algorithm 1 leaves it out; both are unbiased.)
+# Line 4: b must not depend on y. The greedy response does not: the prompt and the weights determine
+# it. (That the weights will change does not matter: line 4 needs only what b is now.) A good b is
+# near V(x), the mean reward of the prompt's responses, which PPO trains a critic to predict. The
+# greedy reward is a guess at V(x), and often too high, as the greedy response is better than most
+# samples. Then r - b is negative for most of them. That does no harm: by line 4 a push that all
+# samples share cancels in the mean. The bad ones are pushed down more than the good ones, and this
+# difference is what the policy learns from.
 #
-# Line 6: the drawn y also gives an estimate of KL = E[log(pi / pi_ref)], often called k1. It may be
-# negative. Line 3 holds for a single token too, given those before it, and is used twice:
-#   - The KL of the tokens before t does not depend on y_t. Like b it changes no mean, and is left
-#     out. r depends on the whole response, and stays.
-#   - pi stands twice in E[log(pi / pi_ref)]: y is drawn from it, and it is inside the logarithm.
-#     The gradient of the inside is E[grad log pi] = 0. So the logarithm is held constant, as r is.
+# Line 5 is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
+# of line 1, with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
+# and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
+#
+# Line 6: the log-ratios of the tokens before t do not depend on y_t. Like b they change no mean,
+# and are left out. r depends on the whole response, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1).
 
@@ -242,16 +226,22 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     alone. With baseline 0 this is REINFORCE with the same KL penalty.
 
     By hand, one row of two tokens, with r = 1, b = 0.4 and beta = 0.1:
-      logprobs -1, -2   ref_logprobs -1.5, -1   kl 0.5, -1   kl_to_go -0.5, -1
-      A_1 = 0.6 + 0.05 = 0.65   A_2 = 0.6 + 0.1 = 0.7   loss = 1 * 0.65 + 2 * 0.7 = 2.05.
+      t                    1                        2
+      logprobs            -1                       -2
+      ref_logprobs        -1.5                     -1
+      log_ratio            0.5                     -1
+      kl_to_go            -0.5                     -1
+      token_advantage      0.6 - 0.1 * -0.5        0.6 - 0.1 * -1
+                         = 0.65                  = 0.7
+      loss = -(-1 * 0.65 + -2 * 0.7) = 2.05
     """
-    kl = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
+    log_ratio = (logprobs.detach() - ref_logprobs) * mask  # (B,T)
     # The sum over all s >= t: a cumulative sum from the right.
-    kl_to_go = kl.flip(1).cumsum(1).flip(1)  # (B,T)
-    advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go  # (B,T)
+    kl_to_go = log_ratio.flip(1).cumsum(1).flip(1)  # (B,T)
+    token_advantage = (reward - baseline)[:, None] - kl_coef * kl_to_go  # (B,T): A_t
     # log pi(y|x) is a sum over tokens. A mean over each response's tokens would let those of short
     # responses weigh more.
-    return -(logprobs * advantage * mask).sum(1).mean()
+    return -(logprobs * token_advantage * mask).sum(1).mean()
 
 
 def remax_step(
@@ -266,7 +256,7 @@ def remax_step(
     eos_id,
     pad_id,
     max_new_tokens,
-    greedy,
+    greedy_baseline,
     kl_coef,
     micro_batch_size,
     max_grad_norm,
@@ -280,7 +270,7 @@ def remax_step(
     score: a function, responses (2B,T) -> rewards (2B,). It gets the B sampled responses and then
     the B greedy ones, each in the order of the prompts. It knows the prompts itself.
     prompt, attention_mask: (B,P), padded on the left.
-    greedy: False leaves the greedy rows out, and b = 0: plain REINFORCE.
+    greedy_baseline: False sets b = 0. That is REINFORCE, and the greedy reward is only logged.
     micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
     dtype: what to compute in; the weights stay in float32.
     Returns the step's figures, name -> number. The policy is left in train() mode.
@@ -291,58 +281,54 @@ def remax_step(
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     device = prompt.device
-    is_16_bit = dtype != torch.float32
-    # Without autocast's own cache, which would hold a 16-bit copy of every weight.
-    autocast = torch.autocast(device.type, dtype, enabled=is_16_bit, cache_enabled=False)
+    # cache_enabled=True would keep a 16-bit copy of every weight during the backward pass.
+    autocast = torch.autocast(
+        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+    )
     start = time.perf_counter()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
     with weights_as(policy, dtype):
         response, greedy_response, sampling_logprobs = rollout(
-            policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id, greedy
-        )  # (B,T) each, greedy_response (0,T) without greedy
+            policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
+        )  # (B,T) each
     rollout_end = time.perf_counter()
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
-    rewards = score(torch.cat([response, greedy_response]))  # (2B,), or (B,) without greedy
-    reward = rewards[:B]  # (B,)
-    baseline = rewards[B:] if greedy else torch.zeros_like(reward)  # (B,)
+    rewards = score(torch.cat([response, greedy_response]))  # (2B,)
+    reward, greedy_reward = rewards.chunk(2)  # (B,) each
+    baseline = greedy_reward if greedy_baseline else torch.zeros_like(greedy_reward)  # (B,)
     score_end = time.perf_counter()
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
-    groups = micro_batches(mask, micro_batch_size)  # row indices, (N,) each
 
     # 4. Reference. With --offload it lives in CPU memory, and is on the GPU for this step alone.
     ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T)
     if reference is not None:
-        with on_device(reference, device), torch.no_grad(), autocast:
-            for rows in groups:
-                ref_logprobs[rows] = micro_batch_logprobs(
-                    reference, prompt, attention_mask, response, mask, rows
-                )  # (N,T)
+        with on_device(reference, device), autocast:
+            ref_logprobs = logprobs_without_gradient(
+                reference, prompt, attention_mask, response, mask, micro_batch_size
+            )  # (B,T)
 
     # 5. Gradient. In train() mode, as gradient checkpointing does nothing without it.
     policy.train()
-    logprobs = torch.zeros_like(ref_logprobs)  # (B,T), without gradient, for the figures below
-    for rows in groups:
+    logprobs = torch.zeros_like(ref_logprobs)  # (B,T), for the figures below
+    batch_loss = 0.0
+    for rows in torch.arange(B).split(micro_batch_size):  # the numbers of N rows
         with autocast:
-            group_logprobs = micro_batch_logprobs(
-                policy, prompt, attention_mask, response, mask, rows
+            row_logprobs = token_logprobs(
+                policy, prompt[rows], attention_mask[rows], response[rows], mask[rows]
             )  # (N,T)
         loss = remax_loss(
-            group_logprobs,
-            ref_logprobs[rows],
-            mask[rows],
-            reward[rows],
-            baseline[rows],
-            kl_coef,
+            row_logprobs, ref_logprobs[rows], mask[rows], reward[rows], baseline[rows], kl_coef
         )
-        # Each group counts by its rows: the micro-batch size does not change the gradient.
-        share = len(rows) / B
-        scaler.scale(loss * share).backward()
-        logprobs[rows] = group_logprobs.detach()
+        # A mean over the batch: each micro-batch counts by its rows, as the last may be smaller.
+        loss = loss * len(rows) / B
+        scaler.scale(loss).backward()
+        logprobs[rows] = row_logprobs.detach()
+        batch_loss += loss.detach()
 
     # 6. Update. The loss is a sum over tokens, so most gradients are long. Clipping keeps their
     # direction and gives up their length, and with it strict unbiasedness. A gradient that is not
@@ -356,15 +342,25 @@ def remax_step(
     optimizer.zero_grad()
 
     # ---- diagnostics only below: nothing changes the update ----
-    figures = step_figures(
-        response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
-    )
-    if not greedy:
-        figures["greedy_reward"] = None
-    if reference is None:
-        figures["kl"] = None
-    figures["grad_norm"] = grad_norm.item()
-    figures["skipped"] = 0.0 if grad_norm.isfinite() else 1.0
+    figures = {
+        "reward": batch_mean(reward),
+        "greedy_reward": batch_mean(greedy_reward),
+        "advantage": batch_mean(reward - baseline),
+        "zero_advantage": batch_mean(reward == baseline),
+        "kl": None,
+        "tokens": batch_mean(mask.sum(1)),
+        "eos": batch_mean((response == eos_id).any(1)),
+        "loss": batch_mean(batch_loss),
+        "grad_norm": grad_norm.item(),
+        "skipped": 0.0 if grad_norm.isfinite() else 1.0,
+    }
+    if reference is not None:
+        log_ratio = logprobs - ref_logprobs  # (B,T), 0 where masked
+        figures["kl"] = batch_mean(log_ratio.sum(1))
+    # These two are in nats a token.
+    figures["entropy"] = batch_mean(-logprobs.sum(1)) / figures["tokens"]
+    difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
+    figures["sampling_logp_difference"] = batch_mean(difference.sum(1)) / figures["tokens"]
     figures["rollout_seconds"] = rollout_end - start
     figures["score_seconds"] = score_end - rollout_end
     figures["update_seconds"] = time.perf_counter() - score_end
@@ -403,61 +399,19 @@ def on_device(model, device):
         model.to(home)
 
 
-def micro_batches(mask, size):
-    """The rows that go through the models together: indices (N,) for each, N at most `size`.
+def logprobs_without_gradient(model, prompt, attention_mask, response, mask, micro_batch_size):
+    """token_logprobs() of a batch, computed a micro-batch at a time: the logits need much memory.
 
-    Rows of similar length go together, as padding costs as much as tokens. mask: (B,T).
+    prompt, attention_mask: (B,P); response, mask: (B,T). Returns (B,T).
     """
-    rows_by_length = mask.sum(1).argsort()  # (B,): those of the shortest responses first
-    return rows_by_length.split(size)
-
-
-def micro_batch_logprobs(model, prompt, attention_mask, response, mask, rows):
-    """token_logprobs() of some rows of a batch, without the padding that they have in common.
-
-    prompt, attention_mask: (B,P); response, mask: (B,T); rows: (N,). Returns (N,T).
-    """
-    longest_prompt = attention_mask[rows].sum(1).max().item()
-    longest_response = mask[rows].sum(1).max().item()
-    logprobs = token_logprobs(
-        model,
-        prompt[rows, -longest_prompt:],  # the padding is on the left
-        attention_mask[rows, -longest_prompt:],
-        response[rows, :longest_response],  # the padding is on the right
-        mask[rows, :longest_response],
-    )  # (N,longest_response)
-    columns_left_out = response.size(1) - longest_response
-    return torch.nn.functional.pad(logprobs, (0, columns_left_out))  # (N,T), 0 where masked
-
-
-def sampling_logp_difference(logprobs, sampling_logprobs, mask):
-    """The mean of |trained - drawn log-prob| over the tokens that count, in nats: (B,T) each."""
-    difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
-    return batch_mean(difference.sum(1)) / batch_mean(mask.sum(1))
-
-
-def step_figures(
-    response, mask, logprobs, ref_logprobs, sampling_logprobs, reward, baseline, kl_coef, eos_id
-):
-    """What a step tells of itself, name -> number: means over the whole batch.
-
-    response, mask and the three logprobs: (B,T); reward, baseline: (B,).
-    """
-    tokens = batch_mean(mask.sum(1))
-    kl = (logprobs - ref_logprobs).sum(1)  # (B,), nats a response: both are 0 where masked
-    loss = remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef)
-    return {
-        "reward": batch_mean(reward),
-        "greedy_reward": batch_mean(baseline),
-        "advantage": batch_mean(reward - baseline),
-        "zero_advantage": batch_mean(reward == baseline),
-        "kl": batch_mean(kl),
-        "entropy": batch_mean(-logprobs.sum(1)) / tokens,
-        "tokens": tokens,
-        "eos": batch_mean((response == eos_id).any(1)),
-        "sampling_logp_difference": sampling_logp_difference(logprobs, sampling_logprobs, mask),
-        "loss": batch_mean(loss),
-    }
+    parts = []
+    with torch.no_grad():
+        for rows in torch.arange(len(prompt)).split(micro_batch_size):
+            part = token_logprobs(
+                model, prompt[rows], attention_mask[rows], response[rows], mask[rows]
+            )  # (N,T)
+            parts.append(part)
+    return torch.cat(parts)
 
 
 def average_over_processes(tensor):
@@ -523,7 +477,9 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None or value is True:  # not given, or switched on
+    if value is None:  # not given
+        return as_flag(name)
+    if value is True:
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -548,7 +504,8 @@ def fail(reason, args, *names):
 def exit_on_bad_input(args, *names):
     """Call fail() with these flags, in place of a traceback, if the block raises BAD_INPUT.
 
-    For loading and writing alone: elsewhere a ValueError is a mistake in this file.
+    For blocks that look at what a person gave: flags, files, folders, rewards. Elsewhere a
+    ValueError is a mistake in this file, and keeps its traceback.
     """
     try:
         yield
@@ -557,6 +514,27 @@ def exit_on_bad_input(args, *names):
     except BAD_INPUT as error:
         reason = str(error).strip() or type(error).__name__
         fail(reason.splitlines()[0], args, *names)
+
+
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # their numbers for the operating system
+
+
+def silence_output():
+    """Go on when nobody is there any more to read what is printed: printing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STANDARD_OUTPUT)
+    os.dup2(nowhere, STANDARD_ERROR)
+
+
+def say(line):
+    """Print a line, in front of the bar if there is one. Under torchrun the first process does."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the other end of `| head` or `| tee` has gone
+        silence_output()
 
 
 def load_tokenizer(name, **options):
@@ -644,12 +622,7 @@ def read_dataset(name):
         return read_file(path)
     if suffix_of(path) in FILE_SUFFIXES and not path.exists():
         raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
-    try:
-        return list(datasets.load_dataset(name, split="train"))
-    except datasets.exceptions.DatasetGenerationError as error:
-        if error.__cause__ is not None:  # it says what is wrong with the file
-            raise error.__cause__ from None
-        raise
+    return list(datasets.load_dataset(name, split="train"))
 
 
 def shortened(value):
@@ -690,11 +663,14 @@ def render(tokenizer, chat, **options):
 
 
 def check_end_of_turn(tokenizer):
-    """Raise ValueError if the template ends no turn with EOS: responses would run on and on."""
+    """Raise ValueError if the template ends no turn with EOS: responses would run on and on.
+
+    SmolLM2's template ends a turn with "<|im_end|>" and a newline, and its EOS is <|im_end|>.
+    """
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = render(tokenizer, turns)
-    after_content = text.rpartition(content)[2]
+    _, _, after_content = text.rpartition(content)
     if not after_content.strip().startswith(tokenizer.eos_token):
         raise ValueError(
             f"the template ends a turn with {after_content!r}, and not with EOS "
@@ -765,7 +741,7 @@ def read_prompts(args, tokenizer):
     if isinstance(prompts[0], list):
         return rows, encode_chats(tokenizer, prompts)
     if tokenizer.chat_template is not None:
-        print("the prompts are texts: the policy's chat template is not applied")
+        say("the prompts are texts: the policy's chat template is not applied")
     return rows, encode_texts(tokenizer, prompts)
 
 
@@ -822,7 +798,7 @@ def say_what_was_read(args, rows, held_out_count, dataset):
         message += f", {cut} cut to {args.max_prompt_tokens} tokens"
     if len(rows) < len(dataset):
         message += f" ({len(dataset) - len(rows)} left out: empty, or chats that are too long)"
-    print(message)
+    say(message)
 
 
 def load_prompts(args, tokenizer):
@@ -862,14 +838,12 @@ def forbid_exit():
 
 
 def import_file(path):
-    """Import a Python file by its path: import_module() would prefer an installed namesake."""
-    module_name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
+    """Import a Python file by its path: import_module() would prefer a library of the same name."""
+    name = Path(path).stem
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
-    # A process pool looks for the functions here. A library of the same name keeps its place.
-    if module_name not in sys.modules:
-        sys.modules[module_name] = module
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)  # process pools look for its functions here
     spec.loader.exec_module(module)
     return module
 
@@ -900,14 +874,11 @@ class RewardModel:
 
     def __init__(self, name, dtype, device):
         config = AutoConfig.from_pretrained(name)
-        architectures = " ".join(config.architectures or [])
-        if "SequenceClassification" not in architectures:
+        if "SequenceClassification" not in str(config.architectures):
             raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
         if tokenizer.pad_token is None:  # any token will do, it is masked
-            tokenizer.pad_token = tokenizer.eos_token
-            if tokenizer.unk_token is not None:
-                tokenizer.pad_token = tokenizer.unk_token
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.tokenizer = tokenizer
         self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype)
         self.model.requires_grad_(False)
@@ -1009,34 +980,25 @@ def score_responses(args, reward, tokenizer, rows, responses):
 # =================================================================================================
 
 
-def place_in_torchrun(args):
-    """This process's number and the number of processes: 0 and 1 without torchrun."""
-    rank, processes = 0, 1
-    if dist.is_initialized():
-        rank, processes = dist.get_rank(), dist.get_world_size()
-    if args.batch_size % processes != 0:
-        fail(f"the batch does not divide among {processes} processes", args, "batch_size")
-    return rank, processes
-
-
 def choose_device(name):
     """The device of a name such as cpu, cuda or cuda:1. torchrun's processes get a GPU each."""
     device = torch.device(name)
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"{device.type} is none of cpu, cuda, mps")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("torch finds no CUDA GPU here")
-        if dist.is_initialized():
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)  # nccl uses the current one
-        # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
-        # (pytorch#196678). The other kernels do not.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if device.type == "mps":
-        print("device mps: nobody has tested remax.py there")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA GPU here")
+    if device.type == "cuda" and dist.is_initialized():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.zeros(1, device=device)  # raises now if there is no such device
     return device
+
+
+def set_up_cuda(device):
+    if dist.is_initialized():
+        torch.cuda.set_device(device)  # nccl uses the current one
+    # On H100 and H200 cuDNN's attention gives NaN gradients to padded rows of some lengths
+    # (pytorch#196678). The other kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def choose_dtype(precision, device):
@@ -1070,7 +1032,7 @@ def load_model(auto_class, name, **options):
         raise ValueError(f"{as_text(name)} has no fitting weights for {absent[0]}")
     unused = sorted(info["unexpected_keys"])
     if unused:
-        print(f"{as_text(name)} has weights that its model does not use: {unused[0]}, ...")
+        say(f"{as_text(name)} has weights that its model does not use: {unused[0]}, ...")
     for parameter in model.parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{as_text(name)} has weights that are not finite")
@@ -1078,7 +1040,9 @@ def load_model(auto_class, name, **options):
 
 
 def turn_off_noise(config):
-    """Set every number of a config, and of the configs in it, whose name has drop or jitter to 0.
+    """Set dropout and jitter to 0 in a config, and in the configs inside it.
+
+    That is every float with such a name, as attn_pdrop, hidden_dropout or router_jitter_noise.
 
     With dropout two passes over one text disagree, and the KL is noise (trl#3500). It is not always
     a module that could be switched off: some models call a function with this number.
@@ -1095,7 +1059,7 @@ def check_policy(args):
     if Path(args.model, "adapter_config.json").exists():
         raise ValueError("this is an adapter: merge it into its model first")
     config = AutoConfig.from_pretrained(args.model)
-    if "Classification" in " ".join(config.architectures or []):
+    if "Classification" in str(config.architectures):
         raise ValueError("this is a classifier, not a language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_prompt_tokens + args.max_new_tokens > positions:
@@ -1125,6 +1089,14 @@ def make_optimizer(args, policy):
         return torch.optim.Adafactor(policy.parameters(), args.lr)
     # fused=True: CUDA's default, foreach, needs extra memory of the size of the gradients.
     return torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=0.0, fused=True)
+
+
+def check_optimizer_state(optimizer):
+    """Raise ValueError for another model's state: load_state_dict() does not compare shapes."""
+    for parameter, state in optimizer.state.items():
+        average = state.get("exp_avg")  # AdamW's running mean of the gradients
+        if average is not None and average.shape != parameter.shape:
+            raise ValueError("the checkpoint holds the optimizer of another model")
 
 
 def make_scaler(dtype, device):
@@ -1208,12 +1180,12 @@ def read_checkpoint(args, flags, path):
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for name, old in checkpoint["args"].items():
-        is_same = flags.get(name) == old
-        is_longer_run = name == "steps" and args.steps > int(old)
-        if not is_same and not is_longer_run and name not in MAY_CHANGE:
-            raise ValueError(
-                f"{as_flag(name)} is {flags.get(name)}, but the run was made with {old}"
-            )
+        new = flags.get(name)
+        if new == old or name in MAY_CHANGE:
+            continue
+        if name == "steps" and int(new) > int(old):  # a longer run
+            continue
+        raise ValueError(f"{as_flag(name)} is {new}, but the run was made with {old}")
     return checkpoint
 
 
@@ -1241,106 +1213,78 @@ def refuse_old_run(args, folder):
         )
 
 
-def save_or_say_why(checkpoint, file):
-    """torch.save. On a full disk it says "unexpected pos": raise the OSError behind that."""
-    try:
-        torch.save(checkpoint, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
 def save_checkpoint(path, checkpoint):
     """Write it beside the old one, then rename: a kill at any instant leaves one of them whole."""
     unfinished = path.with_suffix(".new")
     try:
         with open(unfinished, "wb") as file:
-            save_or_say_why(checkpoint, file)
+            torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except RuntimeError as error:  # torch.save on a full disk: "unexpected pos"
+        raise OSError(f"writing {path} failed: is the disk full?") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def stop_signals():
-    """The signals that ask a run to stop: Ctrl-C, kill or a scheduler, a closed terminal."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP. nohup ignores it, and that stays so.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return numbers
-
-
 def keep_signals_from_children(numbers):
-    """Let the signals for the run end at the run, and not at processes that a reward has forked.
+    """Let the signals that stop a run stop the run alone, and not the processes of a reward.
 
-    The run needs their answers to finish its step. So each gets a process group of its own: a
-    terminal, `timeout` and torchrun send their signals to the run's group. And it gets the default
-    handlers, so that Process.terminate() ends it: the run's only make a note of a signal. Around a
-    fork signals are held back. Python forgets those that reach a child before this is done.
+    A reward may fork: a Pool, or a Process that it ends by terminate(). Such a child would inherit
+    the run's handlers, which only make a note of a signal, and so would never end. And Ctrl-C would
+    reach it too, though the run needs it to finish the step. So each child gets the default
+    handlers, and a process group of its own, which a terminal, `timeout` and torchrun do not reach.
+
+    A signal that came between the fork and that moment would be lost. It is held back until then.
     """
 
     def hold_signals():
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
-    def release_signals():
+    def let_signals_through():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    def prepare_child():
+    def set_up_child():
         os.setpgrp()
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        release_signals()
+        let_signals_through()
 
     os.register_at_fork(
         before=hold_signals,
-        after_in_parent=release_signals,
-        after_in_child=prepare_child,
+        after_in_parent=let_signals_through,
+        after_in_child=set_up_child,
     )
 
 
-def silence_output():
-    """Go on when nobody is there any more to read what is printed: printing would fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # standard output
-    os.dup2(nowhere, 2)  # standard error
-
-
-def say(line):
-    """Print a line, in front of the bar if there is one. `| head` or `| tee` may have ended."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence_output()
-
-
 class StopRequest:
-    """Remembers a stop signal until the step is done. A second one ends the run at once."""
+    """Remembers a signal until the step is done. A second Ctrl-C ends the run at once."""
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
-        numbers = stop_signals()
+        numbers = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; `kill`, or a scheduler
         for number in numbers:
-            signal.signal(number, self.receive)
+            signal.signal(number, self.on_stop)
+        # A closed terminal. Windows has no such signal; nohup ignores it, and that stays so.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.on_hangup)
+            numbers.append(signal.SIGHUP)
         if hasattr(os, "register_at_fork"):  # Windows has no fork
             keep_signals_from_children(numbers)
 
-    def receive(self, number, frame):
-        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal was closed
-            silence_output()
-        elif self.signal_number == 0:
-            self.answer()
-        else:
+    def on_stop(self, number, frame):
+        if self.signal_number != 0:
             self.end_now(number)
         self.signal_number = number
-
-    def answer(self):
         message = b"\nstopping after this step; press again to stop now, unsaved\n"
         with suppress(OSError):  # nobody may be there to read it
-            os.write(2, message)  # not print(): the signal may have come in the middle of one
+            os.write(STANDARD_ERROR, message)  # the signal may have come in the middle of a print()
+
+    def on_hangup(self, number, frame):
+        """A terminal may send this one twice."""
+        silence_output()
+        self.signal_number = number
 
     def end_now(self, number):
         for child in multiprocessing.active_children():
@@ -1361,12 +1305,19 @@ def in_words(figures, prefix=""):
     reward = figures[f"{prefix}reward"]
     greedy_reward = figures[f"{prefix}greedy_reward"]
     kl = figures[f"{prefix}kl"]
-    words = f"reward {reward:.3f}"
-    if greedy_reward is not None:
-        words += f", greedy {greedy_reward:.3f}"
+    words = f"reward {reward:.3f}, greedy {greedy_reward:.3f}"
     if kl is not None:
         words += f", KL {kl:.3g}"
     return words
+
+
+def sample_in_words(prompt, reward, response, greedy_reward, greedy_response):
+    """A prompt, and below it the sampled and the greedy response with their rewards."""
+    return (
+        f"  > {prompt}\n"
+        f"    sampled {reward:6.3f}  {response!r}\n"
+        f"    greedy  {greedy_reward:6.3f}  {greedy_response!r}"
+    )
 
 
 def seed_of_step(seed, step):
@@ -1381,43 +1332,56 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.steps_done = 0
-        self.steps_without_advantage = 0  # in a row
-        self.steps_of_negative_kl = 0  # in a row
-        self.rank, self.processes = place_in_torchrun(args)
+        self.streaks = {}  # name of a problem -> the number of steps in a row that had it
+
+        # The machine.
+        self.rank, self.processes = 0, 1
+        if dist.is_initialized():
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+        if args.batch_size % self.processes != 0:
+            reason = f"the batch does not divide among {self.processes} processes"
+            fail(reason, args, "batch_size")
         with exit_on_bad_input(args, "device"):
             self.device = choose_device(args.device)
+        if self.device.type == "cuda":
+            set_up_cuda(self.device)
         self.dtype = choose_dtype(args.precision, self.device)
+
+        # The flags, the policy without its weights, and the folder to write to.
         self.flags = flags_to_compare(args, self.dtype)  # now: the files may change during the run
         with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
         self.folder = Path(args.output_dir).resolve()
-        with exit_on_bad_input(args, "output_dir"):
-            self.metrics = None
-            if self.rank == 0:  # under torchrun the first process alone writes there
-                self.metrics = open_metrics(self.folder)
-            checkpoint = self.read_old_run()
-            self.write_args()
+        checkpoint = self.open_folder()
+
+        # What takes time.
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward = load_reward(args, self.dtype, self.device)
-        self.say_how_chats_are_scored()
         self.load_models()
         if checkpoint is not None:
             self.restore(checkpoint)
         self.announce()
         use_one_thread_if_small(self.policy)
 
-    def read_old_run(self):
-        """Return the checkpoint to go on from. A new run has none: refuse an old one."""
-        if self.args.resume:
-            return read_checkpoint(self.args, self.flags, self.folder / "checkpoint.pt")
-        if self.rank == 0:
-            refuse_old_run(self.args, self.folder)
-        return None
+    def open_folder(self):
+        """Open and lock metrics.jsonl, write args.json, and return the checkpoint to go on from.
 
-    def write_args(self):
-        if self.rank == 0:
-            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
+        A new run has none, and must not find the files of another one. Under torchrun the first
+        process alone writes.
+        """
+        args = self.args
+        checkpoint = None
+        with exit_on_bad_input(args, "output_dir"):
+            if self.rank == 0:
+                self.metrics = open_metrics(self.folder)
+            if args.resume:
+                checkpoint = read_checkpoint(args, self.flags, self.folder / "checkpoint.pt")
+            elif self.rank == 0:
+                refuse_old_run(args, self.folder)
+            if self.rank == 0:
+                (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
+        return checkpoint
 
     def load_models(self):
         """Policy, reference, optimizer and scaler, on their devices and checked."""
@@ -1433,12 +1397,6 @@ class Run:
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
 
-    def say_how_chats_are_scored(self):
-        is_chat = isinstance(self.training_rows[0].prompt, list)
-        is_model = isinstance(self.reward, RewardModel)
-        if is_chat and is_model and self.reward.tokenizer.chat_template is None:
-            print("the reward model has no chat template: it reads the contents, line by line")
-
     def check_token_ids(self):
         """Raise ValueError for a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
@@ -1452,28 +1410,21 @@ class Run:
 
     def check_cache(self):
         """Draw a few tokens and check them, before any time is spent on a model that fails."""
+        rows = self.training_rows[:8]  # of several lengths, so that most of them are padded
+        prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        by_length = sorted(self.training_rows, key=lambda row: len(row.prompt_ids))
-        rows = [by_length[0], by_length[-1]]  # the shortest and the longest, so that one is padded
-        prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (2,P)
         self.policy.eval()
         try:
             response, _, logprobs = rollout(
-                self.policy,
-                prompt,
-                attention_mask,
-                max_new_tokens=4,
-                eos_id=eos_id,
-                pad_id=pad_id,
-                greedy=False,
-            )  # (2,T)
+                self.policy, prompt, attention_mask, 4, eos_id, pad_id
+            )  # (B,4)
         except ValueError as error:
             fail(str(error), self.args, "model")
-        mask = response_mask(response, eos_id)  # (2,T)
+        mask = response_mask(response, eos_id)  # (B,4)
         with torch.no_grad():
-            expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (2,T)
-        difference = sampling_logp_difference(expected, logprobs, mask)
-        self.check_sampler(difference, torch.float32)
+            expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,4)
+        difference = ((expected - logprobs) * mask).abs().sum() / mask.sum()
+        self.check_sampler(difference.item(), torch.float32)
 
     def move_frozen_models(self):
         """Put reference and reward model on the policy's device."""
@@ -1488,10 +1439,7 @@ class Run:
             self.policy.load_state_dict(checkpoint["policy"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
-            # The optimizer's load_state_dict() does not compare shapes.
-            for parameter, state in self.optimizer.state.items():
-                if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
-                    raise ValueError("the checkpoint holds the optimizer of another model")
+            check_optimizer_state(self.optimizer)
             if self.rank == 0:
                 drop_later_rows(self.metrics, checkpoint["metrics_bytes"])
         self.steps_done = checkpoint["step"]
@@ -1501,11 +1449,17 @@ class Run:
         args = self.args
         millions = self.policy.num_parameters() / 1e6
         reference = "none" if self.reference is None else "the same"
-        print(
+        say(
             f"policy {as_text(args.model)} ({millions:.1f}M parameters), "
             f"reference {reference}, reward {as_text(args.reward)}, "
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
+        is_chat = isinstance(self.training_rows[0].prompt, list)
+        is_model = isinstance(self.reward, RewardModel)
+        if is_chat and is_model and self.reward.tokenizer.chat_template is None:
+            say("the reward model has no chat template: it reads the contents, line by line")
+        if self.device.type == "mps":
+            say("device mps: nobody has tested remax.py there")
 
     def log(self, row):
         if self.rank > 0:
@@ -1516,11 +1470,10 @@ class Run:
     def kl_to_reference(self, prompt, attention_mask, response):
         """The estimate of the KL from each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
-        logprobs = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,T)
+        inputs = (prompt, attention_mask, response, mask, self.args.micro_batch_size)
+        logprobs = logprobs_without_gradient(self.policy, *inputs)  # (B,T)
         with on_device(self.reference, self.device):
-            ref_logprobs = token_logprobs(
-                self.reference, prompt, attention_mask, response, mask
-            )  # (B,T)
+            ref_logprobs = logprobs_without_gradient(self.reference, *inputs)  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
     def evaluate_batch(self, rows):
@@ -1562,15 +1515,23 @@ class Run:
                 for name, values in batch_results.items():
                     results[name] += values
 
-        figures = {"eval_reward": None, "eval_greedy_reward": None, "eval_kl": None}
-        for name in figures:
-            if results[name]:  # without a reference there is no KL
-                figures[name] = sum(results[name]) / len(results[name])
+        figures = {
+            "eval_reward": statistics.fmean(results["eval_reward"]),
+            "eval_greedy_reward": statistics.fmean(results["eval_greedy_reward"]),
+            "eval_kl": None,
+        }
+        if self.reference is not None:
+            figures["eval_kl"] = statistics.fmean(results["eval_kl"])
         samples = []
-        for i, row in enumerate(self.held_out_rows[:3]):
-            sampled = f"{results['eval_reward'][i]:6.3f}  {results['text'][i]!r}"
-            greedy = f"{results['eval_greedy_reward'][i]:6.3f}  {results['greedy_text'][i]!r}"
-            samples.append(f"  > {row.prompt_text}\n    sampled {sampled}\n    greedy  {greedy}")
+        for i in range(min(3, len(self.held_out_rows))):
+            sample = sample_in_words(
+                self.held_out_rows[i].prompt_text,
+                results["eval_reward"][i],
+                results["text"][i],
+                results["eval_greedy_reward"][i],
+                results["greedy_text"][i],
+            )
+            samples.append(sample)
         return figures, samples
 
     def evaluate_and_log(self, step):
@@ -1605,13 +1566,9 @@ class Run:
         args = self.args
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
-        is_greedy = args.baseline == "greedy"
-        scored_rows = rows  # the prompts of the sampled responses
-        if is_greedy:
-            scored_rows = rows + rows  # and, behind them, of the greedy ones
 
-        def score(responses):
-            return score_responses(args, self.reward, self.tokenizer, scored_rows, responses)
+        def score(responses):  # the sampled ones, and the greedy ones to the same prompts
+            return score_responses(args, self.reward, self.tokenizer, rows + rows, responses)
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -1628,7 +1585,7 @@ class Run:
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
             max_new_tokens=args.max_new_tokens,
-            greedy=is_greedy,
+            greedy_baseline=args.baseline == "greedy",
             kl_coef=args.kl_coef,
             micro_batch_size=args.micro_batch_size,
             max_grad_norm=args.max_grad_norm,
@@ -1673,20 +1630,21 @@ class Run:
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
+    def steps_in_a_row(self, problem, is_there):
+        """Count the steps, up to this one, that had the problem one after the other."""
+        if is_there:
+            self.streaks[problem] = self.streaks.get(problem, 0) + 1
+        else:
+            self.streaks[problem] = 0
+        return self.streaks[problem]
+
     def warn_of_trouble(self, figures):
         """Print a warning when a problem has been there for 20 steps in a row."""
-        if figures["zero_advantage"] == 1:
-            self.steps_without_advantage += 1
-        else:
-            self.steps_without_advantage = 0
-        if self.steps_without_advantage == 20:
+        if self.steps_in_a_row("no advantage", figures["zero_advantage"] == 1) == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
         # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
-        if figures["kl"] is not None and figures["kl"] < -1:
-            self.steps_of_negative_kl += 1
-        else:
-            self.steps_of_negative_kl = 0
-        if self.steps_of_negative_kl == 20:
+        is_negative = figures["kl"] is not None and figures["kl"] < -1
+        if self.steps_in_a_row("negative KL", is_negative) == 20:
             say("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
 
     def show(self, bar, step, figures):
@@ -1707,26 +1665,20 @@ class Run:
             initial=self.steps_done,
             total=args.steps,
             file=sys.stdout,
-            disable=not sys.stdout.isatty(),
+            disable=self.rank > 0 or not sys.stdout.isatty(),
         )
-        steps_skipped = 0  # in a row
         for step in bar:
             figures = self.train_step(step)
             if step == first_step:
                 self.check_sampler(figures["sampling_logp_difference"], self.dtype)
             self.show(bar, step, figures)
             self.warn_of_trouble(figures)
-            if figures["skipped"]:
-                steps_skipped += 1
-            else:
-                steps_skipped = 0
-
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            is_stuck = steps_skipped == 5
+            is_stuck = self.steps_in_a_row("no finite gradient", figures["skipped"] == 1) == 5
             if is_last or is_stopped or is_stuck or step % args.save_every == 0:
                 self.save(step)
             if is_stopped:
@@ -1754,13 +1706,13 @@ def print_summary(path):
     first, last = evaluations[0], evaluations[-1]
     for name in "eval_reward", "eval_greedy_reward", "eval_kl":
         if first[name] is not None:
-            print(f"{name:20}{first[name]:.4g} -> {last[name]:.4g}")
+            say(f"{name:20}{first[name]:.4g} -> {last[name]:.4g}")
     seconds = {}
     for name in "rollout_seconds", "score_seconds", "update_seconds":
         seconds[name] = sum(row[name] for row in steps)
     whole = sum(seconds.values())
     for name, value in seconds.items():
-        print(f"{name:20}{value:.1f} ({value / whole:.0%})")
+        say(f"{name:20}{value:.1f} ({value / whole:.0%})")
 
 
 # =================================================================================================
@@ -1894,11 +1846,11 @@ def absolute(path):
 
 def parse_args(argv=None):
     parser = make_parser()
-    # The first pass is there only to see whether --model was typed.
-    is_tiny_world = parser.parse_args(argv).model is None
-    if is_tiny_world:
-        parser.set_defaults(**TINY_WORLD)
     args = parser.parse_args(argv)
+    is_tiny_world = args.model is None
+    if is_tiny_world:  # other defaults: read the flags once more
+        parser.set_defaults(**TINY_WORLD)
+        args = parser.parse_args(argv)
     if args.output_dir is None:
         name = "tiny-policy" if is_tiny_world else Path(args.model).name
         args.output_dir = f"runs/{name}-{args.seed}"
@@ -1908,7 +1860,7 @@ def parse_args(argv=None):
     reward_file, function_name = split_function(args.reward)
     args.reward = absolute(reward_file)
     if function_name is not None:
-        args.reward += f":{function_name}"
+        args.reward = f"{args.reward}:{function_name}"
     return args
 
 
@@ -1921,13 +1873,11 @@ def silence_libraries():
 
 
 def join_torchrun():
-    """Let the processes of torchrun find each other. Only the first one prints."""
+    """Let the processes of torchrun find each other."""
     # gloo beside nccl: the number of a signal travels in a CPU tensor, the gradients do not.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # A reward may take its time: the other processes wait for it.
     dist.init_process_group(backend, timeout=timedelta(hours=6))
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open for the run
 
 
 def main(argv=None):
@@ -1936,19 +1886,18 @@ def main(argv=None):
     silence_libraries()
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
-    stop = StopRequest()
     if dist.is_torchelastic_launched():
         join_torchrun()
     try:
         run = Run(args)
-        run.train(stop)
+        run.train(StopRequest())
     except torch.OutOfMemoryError as error:
         names = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
         fail(str(error).splitlines()[0], args, *names)
     if run.rank == 0:
         run.save_model()
         print_summary(run.folder / "metrics.jsonl")
-        print(f"the trained model is in {args.output_dir}/model")
+        say(f"the trained model is in {args.output_dir}/model")
     if dist.is_initialized():
         dist.destroy_process_group()  # nccl warns of a process that ends without it
 

@@ -252,7 +252,7 @@ def steps(policy, prompt, attention_mask, repeats):
             eos_id=NO_EOS,
             pad_id=PAD,
             max_new_tokens=new_tokens,
-            greedy=True,
+            greedy_baseline=True,
             kl_coef=0.01,
             micro_batch_size=micro_batch_size,
             max_grad_norm=1.0,

@@ -270,7 +270,7 @@ def step_peaks(model, flags):
                 eos_id=-1,
                 pad_id=0,
                 max_new_tokens=tokens,
-                greedy=not is_ppo,
+                greedy_baseline=not is_ppo,
                 kl_coef=0.01,
                 micro_batch_size=micro_batch_size,
                 max_grad_norm=1.0,
@@ -285,20 +285,13 @@ def step_peaks(model, flags):
     return policy.num_parameters(), peaks_gb, seconds_of(figures)
 
 
-def full_length(model, prompt, attention_mask, response, mask, rows):
-    """remax.micro_batch_logprobs, which cuts to the longest row, and so asks for data."""
-    return remax.token_logprobs(
-        model, prompt[rows], attention_mask[rows], response[rows], mask[rows]
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
     if not CUDA:
-        remax.micro_batch_logprobs, power = full_length, torch.pow
+        power = torch.pow
         torch.pow = lambda x, n: power(x.float() if torch.is_autocast_enabled("cpu") else x, n)
     name = "memory_gpu.jsonl" if CUDA else "memory.jsonl"
     path = Path(__file__).resolve().parent.parent / "results" / name

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""One training run of SmolLM2-135M, by remax.py or by TRL's RLOO: reward, seconds and memory.
+"""One training run of SmolLM2-135M, by remax.py or by TRL's RLOO: reward, KL and seconds.
 
     pip install "trl==1.16.0" vaderSentiment     # and data/experiments/smollm2.py before
-    python data/experiments/smollm2_vs_rloo.py remax --lr 1e-4
-    python data/experiments/smollm2_vs_rloo.py rloo --lr 1e-4
+    python data/experiments/smollm2_vs_rloo.py remax --lr 1e-4 --seed 1
+    python data/experiments/smollm2_vs_rloo.py rloo --lr 1e-4 --seed 1
 
-Same model, prompts, reward, KL penalty, learning rate schedule and threads, 16 prompts a step, two
-responses a prompt on both sides: RLOO draws two, ReMax one and one greedy. Both are evaluated by
-Run.evaluate, off the clock. Each run appends a row to data/results/smollm2_vs_rloo.jsonl.
+Same model, prompts, reward, KL penalty, learning rate schedule and precision, 16 prompts a step,
+two responses a prompt on both sides: RLOO draws two, ReMax one and one greedy. Both are evaluated
+by Run.evaluate, off the clock. Each run appends a row to data/results/smollm2_vs_rloo.jsonl.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -85,8 +84,8 @@ def rloo_run(run, args):
             learning_rate=args.lr,
             seed=args.seed,
             lr_scheduler_type="cosine",
-            use_cpu=True,
-            bf16=False,
+            use_cpu=run.device.type == "cpu",
+            bf16=run.dtype == torch.bfloat16,
             gradient_checkpointing=False,
             logging_steps=10**6,
             save_strategy="no",
@@ -109,17 +108,22 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=30, help="steps between evaluations")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         flags = (
             f"--model {ROOT}/runs/smollm2 --batch-size 16 --max-new-tokens 32 --lr {args.lr} "
-            f"--steps {args.steps} --seed {args.seed} --no-gradient-checkpointing --device cpu "
+            f"--steps {args.steps} --seed {args.seed} --no-gradient-checkpointing "
+            f"--device {args.device} "
             f"--reward {ROOT}/data/experiments/vader_reward.py:positive --output-dir {folder}/run"
         )
         run = remax.Run(remax.parse_args(flags.split()))
         before = {"step": 0} | run.evaluate()[0]
         seconds, evaluations = {"remax": remax_run, "rloo": rloo_run}[args.kind](run, args)
+    hardware = f"{os.cpu_count()} virtual {platform.machine()} cores"
+    if run.device.type == "cuda":
+        hardware += f", {torch.cuda.get_device_name()}"
     row = {
         "kind": args.kind,
         "lr": args.lr,
@@ -128,14 +132,13 @@ def main():
         "decoded_tokens_at_most": args.steps * 2 * 16 * 32,
         "evaluations": [before, *evaluations],
         "seconds_per_step": statistics.median(seconds),
-        # ru_maxrss is in KiB on Linux. It holds the libraries too, about 0.6 GB.
-        "peak_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "precision": str(run.dtype),
         "threads": args.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
-        "hardware": f"{os.cpu_count()} virtual {platform.machine()} cores",
+        "hardware": hardware,
         "command": "python data/experiments/smollm2_vs_rloo.py " + " ".join(sys.argv[1:]),
     }
     print(json.dumps(row))

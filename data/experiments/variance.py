@@ -48,7 +48,7 @@ def estimates(run, policy, rows, n):
     baseline = score(greedy_response)  # (B,): there is no noise in it
     rewards = torch.zeros(n)
     for i in tqdm(range(n), leave=False):
-        response, _, _ = remax.rollout(policy, *decoding, greedy=False)  # (B,T)
+        response, _, _ = remax.rollout(policy, *decoding)  # (B,T)
         reward = score(response)  # (B,)
         rewards[i] = reward.mean()
         mask = remax.response_mask(response, eos_id)  # (B,T)
