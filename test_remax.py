@@ -3037,8 +3037,7 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     on_gpu = arm_logs("smollm2_gpu", "remax") + arm_logs("smollm2_gpu", "reinforce")
     difference = max(row.get("sampling_logp_difference", 0) for log in on_gpu for row in log)
     fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
-    (beside_trl,) = read_results("gpu.jsonl")
-    seconds = beside_trl["seconds"]
+    before_that, seconds = (row["seconds"] for row in read_results("gpu.jsonl"))
     start_on_gpu = on_gpu[0][0]
     gpu_steps = read_results("gpu_step.jsonl")
     decoding = [row["seconds"] for row in gpu_steps if "seconds" in row]
@@ -3065,13 +3064,16 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"below {math.ceil(difference * 100) / 100} nats",
         f"took {seconds['ReMax']:.1f} seconds on that H200. TRL's RLOO took {seconds['RLOO']:.1f} "
         f"seconds for the same work, and GRPO {seconds['GRPO']:.1f}",
+        f"On another H200, RLOO and GRPO took {before_that['RLOO']:.1f} and "
+        f"{before_that['GRPO']:.1f} seconds, and ReMax {before_that['ReMax']:.1f}",
         f"a step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
         f"{median_seconds('rloo'):.1f}",
         f"kernels took {profile['kernel_seconds']:.2f} of {profile['wall_seconds']:.2f} seconds",
         f"`rollout` took {decoding[0]:.1f} seconds, with a static cache {decoding[2]:.1f}, and "
         f"with each token captured as a CUDA graph {decoding[3]:.1f}",
         f"the update took {large_parts['update_seconds']:.1f} seconds in place of "
-        f"{small_parts['update_seconds']:.1f}",
+        f"{small_parts['update_seconds']:.1f}, and the step's peak of memory rose by "
+        f"{large_parts['peak_gb'] / small_parts['peak_gb'] - 1:.0%}",
         f"in {len(FAMILIES)} model families",
         f"tries {len(MISTAKES)} mistakes",
         f"in {len(SABOTAGE)} ways",

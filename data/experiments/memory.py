@@ -10,9 +10,9 @@ Without a GPU it computes: the same remax_step on fake tensors (shapes without d
 bytes of all live storages at every operator. That leaves out kernel workspaces, fragmentation and
 the CUDA context, about 0.5 GB. It writes data/results/memory.jsonl.
 
-PPO is remax_step without the greedy rollout plus a critic of the policy's size, trained by the same
-recipe. "One by one" updates the critic after the policy's gradients are freed, "together" keeps
-both gradients until both step.
+PPO is remax_step plus a critic of the policy's size, trained by the same recipe. It decodes one
+response a prompt: here half of the prompts at a time, with their greedy rows. "One by one" updates
+the critic after the policy's gradients are freed, "together" keeps both gradients until both step.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from transformers import (
 
 import remax
 
+rollout = remax.rollout
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if CUDA else "cpu"), torch.bfloat16
 torch.backends.cuda.enable_cudnn_sdp(False)  # as remax.Run does
@@ -224,11 +225,22 @@ class Critic:
         self.optimizer.zero_grad()
 
 
+def rollout_by_halves(*inputs):
+    """remax.rollout for PPO, which decodes B rows at a time, and not 2B."""
+    policy, prompt, attention_mask, *options = inputs
+    halves = [
+        rollout(policy, prompt[rows], attention_mask[rows], *options)
+        for rows in torch.arange(len(prompt)).chunk(2)
+    ]
+    return [torch.cat(parts) for parts in zip(*halves, strict=True)]
+
+
 def step_peaks(model, flags):
     """(parameters, {phase: peak GB}, {phase: seconds on a GPU}) of the second step."""
     config, B, P, T = MODELS[model]
     is_ppo, small = flags in PPO, flags == SMALLEST
     micro_batch_size = 1 if small else 8
+    remax.rollout = rollout_by_halves if is_ppo else rollout
     meter = Meter()
     meter.start()
     if not CUDA:
