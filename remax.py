@@ -33,9 +33,9 @@ Symbols, in shapes and equations:
                                         beta        kl_coef, the price of KL
 Prompts are padded on the left, responses on the right.
 
-To learn the algorithm, read from rollout to remax_step, and stop there. The
-rest reads prompts, asks for rewards, saves the run, and refuses what would go
-wrong.
+To learn the algorithm, read from rollout to remax_step and the short functions
+below it. Where it ends there is a line. The rest reads prompts, asks for
+rewards, saves the run, and refuses what would go wrong.
 
   python remax.py                        # a tiny GPT-2: no GPU, no download
   python remax.py --model gpt2-large     # one GPU: favourable film reviews
@@ -123,7 +123,8 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         )
         cache = getattr(output, "cache", None)
         if cache is None:
-            raise ValueError(f"{type(policy).__name__} keeps no cache of the tokens it has read")
+            name = type(policy).__name__
+            raise ValueError(f"{name} keeps no cache, or transformers is older than 5.24")
 
         logits, greedy_logits = output.logits[:, -1].float().chunk(2)  # (B,V) each
         probabilities = logits.softmax(-1)  # (B,V): all of pi, no temperature, no top-k
@@ -208,16 +209,18 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # it. (That the weights will change does not matter: line 4 needs only what b is now.) A good b is
 # near V(x), the mean reward of the prompt's responses, which PPO trains a critic to predict. The
 # greedy reward is a guess at V(x), and often too high, as the greedy response is better than most
-# samples. Then r - b is negative for most of them. That does no harm: by line 4 a push that all
-# samples share cancels in the mean. The bad ones are pushed down more than the good ones, and this
-# difference is what the policy learns from.
+# samples. Then r - b is negative for most of them. By line 4 a push that all samples share cancels
+# in the mean; in a single batch it adds noise. The bad samples are pushed down more than the good
+# ones, and this difference is what the policy learns from. (The KL of the greedy response could be
+# part of b too. Algorithm 1 leaves it out.)
 #
 # Line 5 is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
 # of line 1, with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
-# Line 6: the log-ratios of the tokens before t do not depend on y_t. Like b they change no mean,
-# and are left out. r depends on the whole response, and stays.
+# Line 6: line 3 holds for a single token too, given those before it: its E[grad log pi] is 0. The
+# log-ratios of the tokens before t are fixed before y_t is drawn. So they change no mean, as b does
+# in line 4, and are left out. r depends on the whole response, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1).
 
@@ -312,11 +315,12 @@ def remax_step(
                 reference, prompt, attention_mask, response, mask, micro_batch_size
             )  # (B,T)
 
-    # 5. Gradient. In train() mode, as gradient checkpointing does nothing without it.
+    # 5. Gradient. Gradient checkpointing works in train() mode alone. (There is no dropout.)
     policy.train()
     logprobs = torch.zeros_like(ref_logprobs)  # (B,T), for the figures below
-    batch_loss = 0.0
-    for rows in torch.arange(B).split(micro_batch_size):  # the numbers of N rows
+    batch_loss = torch.zeros((), device=device)
+    for start_row in range(0, B, micro_batch_size):
+        rows = slice(start_row, start_row + micro_batch_size)  # N of them
         with autocast:
             row_logprobs = token_logprobs(
                 policy, prompt[rows], attention_mask[rows], response[rows], mask[rows]
@@ -324,8 +328,8 @@ def remax_step(
         loss = remax_loss(
             row_logprobs, ref_logprobs[rows], mask[rows], reward[rows], baseline[rows], kl_coef
         )
-        # A mean over the batch: each micro-batch counts by its rows, as the last may be smaller.
-        loss = loss * len(rows) / B
+        # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
+        loss = loss * len(row_logprobs) / B
         scaler.scale(loss).backward()
         logprobs[rows] = row_logprobs.detach()
         batch_loss += loss.detach()
@@ -342,25 +346,26 @@ def remax_step(
     optimizer.zero_grad()
 
     # ---- diagnostics only below: nothing changes the update ----
-    figures = {
-        "reward": batch_mean(reward),
-        "greedy_reward": batch_mean(greedy_reward),
-        "advantage": batch_mean(reward - baseline),
-        "zero_advantage": batch_mean(reward == baseline),
-        "kl": None,
-        "tokens": batch_mean(mask.sum(1)),
-        "eos": batch_mean((response == eos_id).any(1)),
-        "loss": batch_mean(batch_loss),
-        "grad_norm": grad_norm.item(),
-        "skipped": 0.0 if grad_norm.isfinite() else 1.0,
-    }
-    if reference is not None:
-        log_ratio = logprobs - ref_logprobs  # (B,T), 0 where masked
-        figures["kl"] = batch_mean(log_ratio.sum(1))
-    # These two are in nats a token.
-    figures["entropy"] = batch_mean(-logprobs.sum(1)) / figures["tokens"]
     difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
-    figures["sampling_logp_difference"] = batch_mean(difference.sum(1)) / figures["tokens"]
+    row_figures = {  # (B,) each
+        "reward": reward,
+        "greedy_reward": greedy_reward,
+        "advantage": reward - baseline,
+        "zero_advantage": reward == baseline,
+        "kl": (logprobs - ref_logprobs).sum(1),  # both are 0 where masked
+        "entropy": -logprobs.sum(1),
+        "tokens": mask.sum(1),
+        "eos": (response == eos_id).any(1),
+        "sampling_logp_difference": difference.sum(1),
+    }
+    figures = {name: batch_mean(values) for name, values in row_figures.items()}
+    if reference is None:
+        figures["kl"] = None
+    figures["entropy"] /= figures["tokens"]  # in nats a token, as the difference below
+    figures["sampling_logp_difference"] /= figures["tokens"]
+    figures["loss"] = batch_mean(batch_loss)
+    figures["grad_norm"] = grad_norm.item()
+    figures["skipped"] = 0.0 if grad_norm.isfinite() else 1.0
     figures["rollout_seconds"] = rollout_end - start
     figures["score_seconds"] = score_end - rollout_end
     figures["update_seconds"] = time.perf_counter() - score_end
@@ -406,7 +411,8 @@ def logprobs_without_gradient(model, prompt, attention_mask, response, mask, mic
     """
     parts = []
     with torch.no_grad():
-        for rows in torch.arange(len(prompt)).split(micro_batch_size):
+        for start_row in range(0, len(prompt), micro_batch_size):
+            rows = slice(start_row, start_row + micro_batch_size)  # N of them
             part = token_logprobs(
                 model, prompt[rows], attention_mask[rows], response[rows], mask[rows]
             )  # (N,T)
@@ -445,8 +451,17 @@ def batch_mean(values):
 # End of the algorithm. The task: prompts in, rewards out. It knows the tokenizer and the flags.
 # =================================================================================================
 
-# What the libraries raise for a wrong file, name or value.
-BAD_INPUT = (
+
+class BadInput(Exception):
+    """What a person gave cannot be used. main() says why, and which flags to look at."""
+
+    def __init__(self, reason, *flags):
+        super().__init__(reason)
+        self.flags = flags  # their names, as in args
+
+
+# What the libraries, and the checks of this file, raise for a wrong file, name or value.
+INPUT_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -457,6 +472,22 @@ BAD_INPUT = (
     SafetensorError,  # what transformers raises when the disk is full
     datasets.exceptions.DatasetsError,
 )
+
+
+@contextmanager
+def blame(*flags):
+    """Turn INPUT_ERRORS inside the with block into BadInput with these flags.
+
+    For blocks that look at what a person gave: flags, files, folders, rewards. Elsewhere a
+    ValueError is a mistake in this file, and keeps its traceback.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise  # it is a RuntimeError too, but main() knows the remedies
+    except INPUT_ERRORS as error:
+        reason = str(error).strip() or type(error).__name__
+        raise BadInput(reason.splitlines()[0], *flags) from error
 
 
 HERE = Path(__file__).resolve().parent
@@ -494,26 +525,10 @@ def split_function(name):
     return file, function
 
 
-def fail(reason, args, *names):
+def exit_with(reason, args, flags):
     """End the run with two lines: what is wrong, and the flags to look at."""
-    flags = [as_typed(name, getattr(args, name)) for name in names]
-    sys.exit(f"remax.py: {reason}\nlook at {', '.join(flags)}")
-
-
-@contextmanager
-def exit_on_bad_input(args, *names):
-    """Call fail() with these flags, in place of a traceback, if the block raises BAD_INPUT.
-
-    For blocks that look at what a person gave: flags, files, folders, rewards. Elsewhere a
-    ValueError is a mistake in this file, and keeps its traceback.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise  # it is a RuntimeError too, but main() knows the remedies
-    except BAD_INPUT as error:
-        reason = str(error).strip() or type(error).__name__
-        fail(reason.splitlines()[0], args, *names)
+    typed = [as_typed(name, getattr(args, name)) for name in flags]
+    sys.exit(f"remax.py: {reason}\nlook at {', '.join(typed)}")
 
 
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # their numbers for the operating system
@@ -803,7 +818,7 @@ def say_what_was_read(args, rows, held_out_count, dataset):
 
 def load_prompts(args, tokenizer):
     """Return (training rows, held-out rows), both lists of PromptRows."""
-    with exit_on_bad_input(args, "prompts", "prompt_column", "eos_token"):
+    with blame("prompts", "prompt_column", "eos_token"):
         dataset, encoded = read_prompts(args, tokenizer)
     rows = []
     for values, ids in zip(dataset, encoded, strict=True):
@@ -817,7 +832,7 @@ def load_prompts(args, tokenizer):
     training_rows = rows[held_out_count:]
     if len(training_rows) < args.batch_size:
         reason = f"{len(training_rows)} prompts to train on are fewer than one batch"
-        fail(reason, args, "prompts", "max_prompt_tokens", "batch_size")
+        raise BadInput(reason, "prompts", "max_prompt_tokens", "batch_size")
     return training_rows, held_out_rows
 
 
@@ -848,15 +863,15 @@ def import_file(path):
     return module
 
 
-def load_reward_function(args, path, function_name):
+def load_reward_function(path, function_name):
     """A function of a Python file. What the file itself raises keeps its traceback."""
     if not Path(path).is_file():
-        fail(f"there is no file {path}", args, "reward")
+        raise BadInput(f"there is no file {path}", "reward")
     with forbid_exit():
         module = import_file(path)
     function = getattr(module, function_name, None)
     if not callable(function):
-        fail(f"{path} has no function {function_name}", args, "reward")
+        raise BadInput(f"{path} has no function {function_name}", "reward")
     return function
 
 
@@ -919,10 +934,10 @@ def load_reward(args, dtype, device):
     """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
     name, function_name = split_function(args.reward)
     if function_name is not None:
-        return load_reward_function(args, name, function_name)
+        return load_reward_function(name, function_name)
     if name.endswith(".py"):
-        fail("name the function too: FILE.py:FUNCTION", args, "reward")
-    with exit_on_bad_input(args, "reward"):
+        raise BadInput("name the function too: FILE.py:FUNCTION", "reward")
+    with blame("reward"):
         return RewardModel(name, dtype, device)
 
 
@@ -969,7 +984,7 @@ def score_responses(args, reward, tokenizer, rows, responses):
     arguments = reward_arguments(tokenizer, rows, responses)
     with forbid_exit():
         values = reward(**arguments)  # what a person's own function raises keeps its traceback
-    with exit_on_bad_input(args, "reward"):
+    with blame("reward"):
         rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
     return rewards - args.missing_eos_penalty * has_no_eos
@@ -1340,8 +1355,8 @@ class Run:
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         if args.batch_size % self.processes != 0:
             reason = f"the batch does not divide among {self.processes} processes"
-            fail(reason, args, "batch_size")
-        with exit_on_bad_input(args, "device"):
+            raise BadInput(reason, "batch_size")
+        with blame("device"):
             self.device = choose_device(args.device)
         if self.device.type == "cuda":
             set_up_cuda(self.device)
@@ -1349,7 +1364,7 @@ class Run:
 
         # The flags, the policy without its weights, and the folder to write to.
         self.flags = flags_to_compare(args, self.dtype)  # now: the files may change during the run
-        with exit_on_bad_input(args, "model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
+        with blame("model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
         self.folder = Path(args.output_dir).resolve()
@@ -1372,7 +1387,7 @@ class Run:
         """
         args = self.args
         checkpoint = None
-        with exit_on_bad_input(args, "output_dir"):
+        with blame("output_dir"):
             if self.rank == 0:
                 self.metrics = open_metrics(self.folder)
             if args.resume:
@@ -1386,7 +1401,7 @@ class Run:
     def load_models(self):
         """Policy, reference, optimizer and scaler, on their devices and checked."""
         args = self.args
-        with exit_on_bad_input(args, "model", "gradient_checkpointing"):
+        with blame("model", "gradient_checkpointing"):
             self.policy = load_policy(args)
             self.reference = load_reference(args, self.dtype)
             self.check_token_ids()
@@ -1419,7 +1434,7 @@ class Run:
                 self.policy, prompt, attention_mask, 4, eos_id, pad_id
             )  # (B,4)
         except ValueError as error:
-            fail(str(error), self.args, "model")
+            raise BadInput(str(error), "model") from error
         mask = response_mask(response, eos_id)  # (B,4)
         with torch.no_grad():
             expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,4)
@@ -1435,7 +1450,7 @@ class Run:
 
     def restore(self, checkpoint):
         """Load weights, optimizer, scaler and step from a checkpoint."""
-        with exit_on_bad_input(self.args, "output_dir", "model"):
+        with blame("output_dir", "model"):
             self.policy.load_state_dict(checkpoint["policy"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -1464,7 +1479,7 @@ class Run:
     def log(self, row):
         if self.rank > 0:
             return
-        with exit_on_bad_input(self.args, "output_dir"):
+        with blame("output_dir"):
             self.metrics.write(json.dumps(row) + "\n")
 
     def kl_to_reference(self, prompt, attention_mask, response):
@@ -1605,7 +1620,7 @@ class Run:
                 f"sampling_logp_difference is {difference:.2g} nats a token: the cached decoding "
                 f"of {type(self.policy).__name__} is not what its full forward computes"
             )
-            fail(reason, self.args, "model", "precision")
+            raise BadInput(reason, "model", "precision")
 
     def save(self, step):
         if self.rank > 0:
@@ -1618,33 +1633,33 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        with exit_on_bad_input(self.args, "output_dir"):
+        with blame("output_dir"):
             os.fsync(self.metrics.fileno())  # or a power cut could lose rows that it counts
             save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
     def save_model(self):
         """Save the policy and its tokenizer. Only the weights differ from what was loaded."""
-        with exit_on_bad_input(self.args, "output_dir"):
+        with blame("output_dir"):
             # load_policy() has set dropout to 0. It is saved as it was.
             self.policy.config = AutoConfig.from_pretrained(self.args.model)
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
-    def steps_in_a_row(self, problem, is_there):
-        """Count the steps, up to this one, that had the problem one after the other."""
-        if is_there:
-            self.streaks[problem] = self.streaks.get(problem, 0) + 1
-        else:
-            self.streaks[problem] = 0
+    def count_streak(self, problem, is_there):
+        """Count one more step with this problem, or begin again at 0; return the count."""
+        count = self.streaks.get(problem, 0) + 1
+        self.streaks[problem] = count if is_there else 0
         return self.streaks[problem]
 
     def warn_of_trouble(self, figures):
-        """Print a warning when a problem has been there for 20 steps in a row."""
-        if self.steps_in_a_row("no advantage", figures["zero_advantage"] == 1) == 20:
+        """Print a warning, once, when a problem has been there for 20 steps in a row."""
+        without_advantage = self.count_streak("no advantage", figures["zero_advantage"] == 1)
+        if without_advantage == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
         # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
         is_negative = figures["kl"] is not None and figures["kl"] < -1
-        if self.steps_in_a_row("negative KL", is_negative) == 20:
+        with_negative_kl = self.count_streak("negative KL", is_negative)
+        if with_negative_kl == 20:
             say("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
 
     def show(self, bar, step, figures):
@@ -1678,7 +1693,8 @@ class Run:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            is_stuck = self.steps_in_a_row("no finite gradient", figures["skipped"] == 1) == 5
+            skipped_in_a_row = self.count_streak("no finite gradient", figures["skipped"] == 1)
+            is_stuck = skipped_in_a_row == 5
             if is_last or is_stopped or is_stuck or step % args.save_every == 0:
                 self.save(step)
             if is_stopped:
@@ -1686,7 +1702,7 @@ class Run:
                 sys.exit(128 + signal_number)
             if is_stuck:
                 reason = "no finite gradient in 5 steps; a checkpoint is saved"
-                fail(reason, args, "lr", "precision")
+                raise BadInput(reason, "lr", "precision")
 
 
 def peak_memory_gb(device):
@@ -1884,18 +1900,21 @@ def main(argv=None):
     """Train, and save the trained model."""
     args = parse_args(argv)
     silence_libraries()
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has it not
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     if dist.is_torchelastic_launched():
         join_torchrun()
     try:
         run = Run(args)
         run.train(StopRequest())
+        if run.rank == 0:
+            run.save_model()
+    except BadInput as error:
+        exit_with(error, args, error.flags)
     except torch.OutOfMemoryError as error:
-        names = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
-        fail(str(error).splitlines()[0], args, *names)
+        flags = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
+        exit_with(str(error).splitlines()[0], args, flags)
     if run.rank == 0:
-        run.save_model()
         print_summary(run.folder / "metrics.jsonl")
         say(f"the trained model is in {args.output_dir}/model")
     if dist.is_initialized():

@@ -860,7 +860,7 @@ def test_kl_is_zero_at_the_first_step_and_has_the_right_sign_later():
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_micro_batch_size_does_not_change_the_gradient(size):
-    """Sorted by length, cut to their longest response, of unequal sizes: the same gradient."""
+    """Micro-batches of unequal sizes, with responses of several lengths: the same gradient."""
     gradients = []
     for micro_batch_size in (8, size):
         policy, reference = make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1)
@@ -889,7 +889,7 @@ def step_by_hand():
     return locals()
 
 
-def test_the_update_is_the_gradient_of_remax_loss_on_the_unsorted_batch(step_by_hand):
+def test_the_update_is_the_gradient_of_remax_loss_on_the_whole_batch(step_by_hand):
     policy = make("gpt2", vocab_size=7)
     before = weights(policy)
     step(policy, make("gpt2", vocab_size=7, seed=1), B=8)
@@ -1342,8 +1342,9 @@ ROWS = [remax.PromptRow([5], "a", False, "a", {})] * 2
     [[1.0], [1.0, float("nan")], [1.0, float("inf")], ["good", "bad"], None, [[1.0], [2.0]]],
 )
 def test_unusable_rewards_stop_the_run_before_the_update(tokenizer, rewards):
-    with pytest.raises(SystemExit, match="look at --reward"):
+    with pytest.raises(remax.BadInput) as error:
         score(lambda **kwargs: rewards, tokenizer, ROWS, torch.full((2, 3), 5))
+    assert error.value.flags == ("reward",)
 
 
 def test_missing_eos_penalty_is_taken_off_sampled_and_greedy_rows_alike(tokenizer):
@@ -1514,7 +1515,7 @@ def test_the_console_of_a_run_redirected_to_a_file(fresh_runs):
 
 def test_a_difference_that_is_no_number_stops_the_run(small, tmp_path):
     run = remax.Run(tiny_args(*small, "--output-dir", tmp_path))
-    with pytest.raises(SystemExit, match="sampling_logp_difference is nan"):
+    with pytest.raises(remax.BadInput, match="sampling_logp_difference is nan"):
         run.check_sampler(math.nan, torch.float32)
 
 
@@ -2738,8 +2739,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logprobs - ref_logprobs)", "no_gradient"),
     ("token mean", "(logprobs * token_advantage * mask).sum(1).mean()",
      "(logprobs * token_advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "loss = loss * len(rows) / B", "loss = loss * micro_batch_size / B",
-     "micro_batch_size"),
+    ("per-micro-batch mean", "loss = loss * len(row_logprobs) / B",
+     "loss = loss * micro_batch_size / B", "micro_batch_size"),
     ("top_k left at its default", "probabilities = logits.softmax(-1)",
      "probabilities = logits.masked_fill(logits < logits.topk(50).values[:, -1:], -99).softmax(-1)",
      "full_softmax"),
@@ -2807,7 +2808,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
      "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
     ("bugs answered like mistakes", "            figures = self.train_step(step)\n",
-     '            with exit_on_bad_input(args, "lr"):\n'
+     '            with blame("lr"):\n'
      "                figures = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
@@ -2831,10 +2832,10 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "living_run"),
     ("changed prompts file", "hashlib.sha256(Path(path).read_bytes())", "hashlib.sha256()",
      "changed_file"),
-    ("tokens averaged over the wrong axis", '"tokens": batch_mean(mask.sum(1))',
-     '"tokens": batch_mean(mask.sum(0))', "figures_are"),
-    ("logged loss scaled wrongly", '"loss": batch_mean(batch_loss)',
-     '"loss": batch_mean(batch_loss) / B', "figures_are"),
+    ("tokens averaged over the wrong axis", '"tokens": mask.sum(1)',
+     '"tokens": mask.sum(0)', "figures_are"),
+    ("logged loss scaled wrongly", 'figures["loss"] = batch_mean(batch_loss)',
+     'figures["loss"] = batch_mean(batch_loss) / B', "figures_are"),
     ("autocast off in bf16", "enabled=dtype != torch.float32", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
@@ -2903,7 +2904,8 @@ def test_every_link_of_the_readme_leads_somewhere():
             assert (ROOT / target).exists(), target
 
 
-COMMANDS = re.findall(r"^ *(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", README, re.M)
+ON_ONE_LINE = re.sub(r" \\\n +", " ", README)
+COMMANDS = re.findall(r"^ *(?:.*&& )?python remax.py(.*?)(?:  +#.*)?$", ON_ONE_LINE, re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -3038,6 +3040,9 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     difference = max(row.get("sampling_logp_difference", 0) for log in on_gpu for row in log)
     fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
     before_that, seconds = (row["seconds"] for row in read_results("gpu.jsonl"))
+    on_cpu = [1 / row["ratio"]["ReMax/RLOO"] for row in read_results("cpu.jsonl")]
+    longer = [*on_cpu, seconds["RLOO"] / seconds["ReMax"]]
+    longer += [median_seconds("rloo") / median_seconds("remax")]
     start_on_gpu = on_gpu[0][0]
     gpu_steps = read_results("gpu_step.jsonl")
     decoding = [row["seconds"] for row in gpu_steps if "seconds" in row]
@@ -3066,8 +3071,9 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"seconds for the same work, and GRPO {seconds['GRPO']:.1f}",
         f"On another H200, RLOO and GRPO took {before_that['RLOO']:.1f} and "
         f"{before_that['GRPO']:.1f} seconds, and ReMax {before_that['ReMax']:.1f}",
-        f"a step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
+        f"Here a step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
         f"{median_seconds('rloo'):.1f}",
+        f"{min(longer):.1f} to {max(longer):.1f} times as long as ReMax's",
         f"kernels took {profile['kernel_seconds']:.2f} of {profile['wall_seconds']:.2f} seconds",
         f"`rollout` took {decoding[0]:.1f} seconds, with a static cache {decoding[2]:.1f}, and "
         f"with each token captured as a CUDA graph {decoding[3]:.1f}",
