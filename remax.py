@@ -43,7 +43,6 @@ rewards, saves the run, and refuses what would go wrong.
 """
 
 import argparse
-import collections
 import copy
 import csv
 import gzip
@@ -620,6 +619,7 @@ def read_file(path):
     open_text = open
     if path.name.lower().endswith(".gz"):
         open_text = gzip.open
+    # utf-8-sig: a mark that some programs put in front is left out. newline: csv wants it so.
     with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
         if suffix == ".txt":
             return [{"prompt": line.rstrip("\r\n")} for line in file]
@@ -942,7 +942,10 @@ def load_reward(args, dtype, device):
 
 
 def decode_responses(tokenizer, rows, responses):
-    """The texts of responses (N,T) to the prompts of N rows."""
+    """The texts of responses (N,T) to the prompts of N rows.
+
+    "The plot was warm" without its prompt, "The plot", leaves the response " was warm".
+    """
     texts = []
     for row, ids in zip(rows, responses.tolist(), strict=True):
         # With its prompt: on its own, a response loses its first space in Llama's tokenizer. The
@@ -1326,12 +1329,23 @@ def in_words(figures, prefix=""):
     return words
 
 
-def sample_in_words(prompt, reward, response, greedy_reward, greedy_response):
+class Answer(NamedTuple):
+    """What an evaluation keeps of a held-out prompt."""
+
+    prompt: str
+    response: str
+    greedy_response: str
+    reward: float
+    greedy_reward: float
+    kl: float | None  # nats a response; None without a reference
+
+
+def sample_in_words(answer):
     """A prompt, and below it the sampled and the greedy response with their rewards."""
     return (
-        f"  > {prompt}\n"
-        f"    sampled {reward:6.3f}  {response!r}\n"
-        f"    greedy  {greedy_reward:6.3f}  {greedy_response!r}"
+        f"  > {answer.prompt}\n"
+        f"    sampled {answer.reward:6.3f}  {answer.response!r}\n"
+        f"    greedy  {answer.greedy_reward:6.3f}  {answer.greedy_response!r}"
     )
 
 
@@ -1491,8 +1505,8 @@ class Run:
             ref_logprobs = logprobs_without_gradient(self.reference, *inputs)  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
-    def evaluate_batch(self, rows):
-        """Answer B rows, sampled and greedy; return name -> a list of one entry a row."""
+    def answer_rows(self, rows):
+        """An Answer to each of B rows."""
         B = len(rows)
         tokenizer = self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
@@ -1506,16 +1520,24 @@ class Run:
         )  # (B,T) each
         responses = torch.cat([response, greedy_response])  # (2B,T)
         rewards = score_responses(self.args, self.reward, tokenizer, rows + rows, responses)
-        results = {
-            "eval_reward": rewards[:B].tolist(),
-            "eval_greedy_reward": rewards[B:].tolist(),
-            "text": decode_responses(tokenizer, rows, response),
-            "greedy_text": decode_responses(tokenizer, rows, greedy_response),
-        }
+        rewards = rewards.tolist()
+        texts = decode_responses(tokenizer, rows + rows, responses)
+        kl = [None] * B
         if self.reference is not None:
-            kl = self.kl_to_reference(prompt, attention_mask, response)  # (B,)
-            results["eval_kl"] = kl.tolist()
-        return results
+            kl = self.kl_to_reference(prompt, attention_mask, response).tolist()
+
+        answers = []
+        for i, row in enumerate(rows):
+            answer = Answer(
+                prompt=row.prompt_text,
+                response=texts[i],
+                greedy_response=texts[B + i],
+                reward=rewards[i],
+                greedy_reward=rewards[B + i],
+                kl=kl[i],
+            )
+            answers.append(answer)
+        return answers
 
     @torch.no_grad()
     def evaluate(self):
@@ -1523,30 +1545,19 @@ class Run:
         size = self.args.batch_size // self.processes  # as many at once as in training
         torch.manual_seed(0)  # the same noise every time
         self.policy.eval()
-        results = collections.defaultdict(list)  # name -> one entry a held-out row
+        answers = []
         with weights_as(self.policy, self.dtype):
             for start in range(0, len(self.held_out_rows), size):
-                batch_results = self.evaluate_batch(self.held_out_rows[start : start + size])
-                for name, values in batch_results.items():
-                    results[name] += values
+                answers += self.answer_rows(self.held_out_rows[start : start + size])
 
         figures = {
-            "eval_reward": statistics.fmean(results["eval_reward"]),
-            "eval_greedy_reward": statistics.fmean(results["eval_greedy_reward"]),
+            "eval_reward": statistics.fmean(answer.reward for answer in answers),
+            "eval_greedy_reward": statistics.fmean(answer.greedy_reward for answer in answers),
             "eval_kl": None,
         }
         if self.reference is not None:
-            figures["eval_kl"] = statistics.fmean(results["eval_kl"])
-        samples = []
-        for i in range(min(3, len(self.held_out_rows))):
-            sample = sample_in_words(
-                self.held_out_rows[i].prompt_text,
-                results["eval_reward"][i],
-                results["text"][i],
-                results["eval_greedy_reward"][i],
-                results["greedy_text"][i],
-            )
-            samples.append(sample)
+            figures["eval_kl"] = statistics.fmean(answer.kl for answer in answers)
+        samples = [sample_in_words(answer) for answer in answers[:3]]
         return figures, samples
 
     def evaluate_and_log(self, step):
