@@ -1699,6 +1699,7 @@ class Run:
                 self.check_sampler(figures["sampling_logp_difference"], self.dtype)
             self.show(bar, step, figures)
             self.warn_of_trouble(figures)
+
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
