@@ -12,9 +12,8 @@ One step of the algorithm (Li et al., https://arxiv.org/abs/2310.10505, Alg. 1):
   6. Update: clip the gradient norm, take one optimizer step, and throw the
      rollout away.
 
-The baseline is there to lower the variance: it takes away what the rewards of a
-prompt have in common, if they have much in common. It leaves the mean of the
-gradient as it is.
+The baseline leaves the mean of the gradient as it is, and is there to lower its
+variance: what a reward owes to the prompt alone cancels in r - b.
 
 What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
@@ -218,8 +217,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
 # Line 6: line 3 holds for a single token too, given those before it: its E[grad log pi] is 0. The
-# log-ratios of the tokens before t are fixed before y_t is drawn. So they change no mean, as b does
-# in line 4, and are left out. r depends on the whole response, and stays.
+# log-ratios of the tokens before t are fixed before y_t is drawn. So, like b, they leave the mean
+# unchanged, and are left out. r depends on the whole response, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is the ReMax estimator (Algorithm 1).
 
@@ -380,7 +379,9 @@ def remax_step(
 def weights_as(model, dtype):
     """Inside the with block the model's weights are in dtype, afterwards they are as before.
 
-    Decoding reads all weights for every token: in 16 bits it reads half as many bytes.
+    Decoding reads all weights for every token: in 16 bits it reads half as many bytes. (Under
+    autocast it would read them in float32, and convert them for every token.) The optimizer knows
+    the parameters, not their data, and notices nothing.
     """
     own_weights = [parameter.data for parameter in model.parameters()]
     try:
