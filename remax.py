@@ -51,7 +51,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import statistics
@@ -72,7 +71,6 @@ import pyarrow.parquet  # comes with datasets
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError  # comes with transformers
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -460,32 +458,20 @@ class BadInput(Exception):
         self.flags = flags  # their names, as in args
 
 
-# What the libraries, and the checks of this file, raise for a wrong file, name or value.
-INPUT_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    EOFError,
-    csv.Error,
-    pickle.UnpicklingError,
-    SafetensorError,  # what transformers raises when the disk is full
-    datasets.exceptions.DatasetsError,
-)
-
-
 @contextmanager
 def blame(*flags):
-    """Turn INPUT_ERRORS inside the with block into BadInput with these flags.
+    """Turn an error inside the with block into BadInput with these flags.
 
-    For blocks that look at what a person gave: flags, files, folders, rewards. Elsewhere a
-    ValueError is a mistake in this file, and keeps its traceback.
+    For blocks that look at what a person gave: flags, files, folders, rewards. Elsewhere an error
+    is a mistake in this file, and keeps its traceback.
     """
     try:
         yield
     except torch.OutOfMemoryError:
-        raise  # it is a RuntimeError too, but main() knows the remedies
-    except INPUT_ERRORS as error:
+        raise  # main() knows the remedies
+    except (NameError, AttributeError):
+        raise  # a mistake in this file after all
+    except Exception as error:  # the libraries raise what they like for a wrong file or name
         reason = str(error).strip() or type(error).__name__
         raise BadInput(reason.splitlines()[0], *flags) from error
 
@@ -534,11 +520,10 @@ def exit_with(reason, args, flags):
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # their numbers for the operating system
 
 
-def silence_output():
-    """Go on when nobody is there any more to read what is printed: printing would fail."""
+def silence(number):
+    """Go on when nobody is there any more to read this output: printing would fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, STANDARD_OUTPUT)
-    os.dup2(nowhere, STANDARD_ERROR)
+    os.dup2(nowhere, number)
 
 
 def say(line):
@@ -549,7 +534,7 @@ def say(line):
         tqdm.write(line)
         sys.stdout.flush()
     except BrokenPipeError:  # the other end of `| head` or `| tee` has gone
-        silence_output()
+        silence(STANDARD_OUTPUT)
 
 
 def load_tokenizer(name, **options):
@@ -919,7 +904,7 @@ class RewardModel:
         return self.tokenizer.apply_chat_template(conversations, return_dict=True, **options)
 
     @torch.no_grad()
-    def __call__(self, prompts, completions, **columns):
+    def __call__(self, /, prompts, completions, **columns):  # a column may be called self
         conversations = []  # texts are joined to a text, lists of messages to a list
         for prompt, completion in zip(prompts, completions, strict=True):
             conversations.append(prompt + completion)
@@ -991,7 +976,10 @@ def score_responses(args, reward, tokenizer, rows, responses):
     with blame("reward"):
         rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
-    return rewards - args.missing_eos_penalty * has_no_eos
+    rewards = rewards - args.missing_eos_penalty * has_no_eos
+    if not rewards.isfinite().all():
+        raise BadInput("a reward less the penalty is beyond float32", "missing_eos_penalty")
+    return rewards
 
 
 # =================================================================================================
@@ -1163,10 +1151,10 @@ def flags_to_compare(args, dtype):
     flags = {name: as_text(value) for name, value in vars(args).items()}
     flags["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files count by their content: they may have been edited since, or moved.
-    if Path(args.prompts).is_file():
+    if os.path.isfile(args.prompts):
         flags["prompts"] = fingerprint(args.prompts)
     reward_file, function_name = split_function(args.reward)
-    if Path(reward_file).is_file():
+    if os.path.isfile(reward_file):
         flags["reward"] = f"{fingerprint(reward_file)}, {function_name}"
     return flags
 
@@ -1198,6 +1186,8 @@ def read_checkpoint(args, flags, path):
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or "args" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of remax.py")
     for name, old in checkpoint["args"].items():
         new = flags.get(name)
         if new == old or name in MAY_CHANGE:
@@ -1247,7 +1237,16 @@ def save_checkpoint(path, checkpoint):
         unfinished.unlink(missing_ok=True)
 
 
-def keep_signals_from_children(numbers):
+def stop_signals():
+    """The signals that ask a run to stop: Ctrl-C, `kill` or a scheduler, a closed terminal."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP. nohup ignores it, and that stays so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def keep_signals_from_children():
     """Let the signals that stop a run stop the run alone, and not the processes of a reward.
 
     A reward may fork: a Pool, or a Process that it ends by terminate(). Such a child would inherit
@@ -1257,6 +1256,9 @@ def keep_signals_from_children(numbers):
 
     A signal that came between the fork and that moment would be lost. It is held back until then.
     """
+    if not hasattr(os, "register_at_fork"):  # Windows has no fork
+        return
+    numbers = stop_signals()
 
     def hold_signals():
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -1265,7 +1267,8 @@ def keep_signals_from_children(numbers):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def set_up_child():
-        os.setpgrp()
+        with suppress(OSError):  # pty.fork() has made it the leader of a group already
+            os.setpgrp()
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         let_signals_through()
@@ -1282,15 +1285,10 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
-        numbers = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C; `kill`, or a scheduler
-        for number in numbers:
-            signal.signal(number, self.on_stop)
-        # A closed terminal. Windows has no such signal; nohup ignores it, and that stays so.
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, self.on_stop)
+        signal.signal(signal.SIGTERM, self.on_stop)
+        if hasattr(signal, "SIGHUP") and signal.SIGHUP in stop_signals():
             signal.signal(signal.SIGHUP, self.on_hangup)
-            numbers.append(signal.SIGHUP)
-        if hasattr(os, "register_at_fork"):  # Windows has no fork
-            keep_signals_from_children(numbers)
 
     def on_stop(self, number, frame):
         if self.signal_number != 0:
@@ -1302,7 +1300,8 @@ class StopRequest:
 
     def on_hangup(self, number, frame):
         """A terminal may send this one twice."""
-        silence_output()
+        silence(STANDARD_OUTPUT)
+        silence(STANDARD_ERROR)
         self.signal_number = number
 
     def end_now(self, number):
@@ -1378,7 +1377,8 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
         # The flags, the policy without its weights, and the folder to write to.
-        self.flags = flags_to_compare(args, self.dtype)  # now: the files may change during the run
+        with blame("prompts", "reward"):  # now: the files may change during the run
+            self.flags = flags_to_compare(args, self.dtype)
         with blame("model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
@@ -1544,7 +1544,7 @@ class Run:
     def evaluate(self):
         """Return (figures, samples): means over the held-out rows, and three of them in words."""
         size = self.args.batch_size // self.processes  # as many at once as in training
-        torch.manual_seed(0)  # the same noise every time
+        transformers.set_seed(0)  # the same noise every time
         self.policy.eval()
         answers = []
         with weights_as(self.policy, self.dtype):
@@ -1687,6 +1687,7 @@ class Run:
         if self.steps_done == 0:
             self.evaluate_and_log(0)
         first_step = self.steps_done + 1
+        most_skipped = min(5, args.steps - self.steps_done)  # in a row
         bar = tqdm(
             range(first_step, args.steps + 1),
             initial=self.steps_done,
@@ -1707,15 +1708,15 @@ class Run:
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
             skipped_in_a_row = self.count_streak("no finite gradient", figures["skipped"] == 1)
-            is_stuck = skipped_in_a_row == 5
+            is_stuck = skipped_in_a_row == most_skipped
             if is_last or is_stopped or is_stuck or step % args.save_every == 0:
                 self.save(step)
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
             if is_stuck:
-                reason = "no finite gradient in 5 steps; a checkpoint is saved"
-                raise BadInput(reason, "lr", "precision")
+                reason = f"no finite gradient in {most_skipped} steps; a checkpoint is saved"
+                raise BadInput(reason, "lr", "precision", "kl_coef")
 
 
 def peak_memory_gb(device):
@@ -1868,7 +1869,7 @@ def make_parser():
 
 def absolute(path):
     """The whole path of an existing file or folder; a name of the hub as it is."""
-    if Path(path).exists():
+    if os.path.exists(path):
         return os.path.abspath(path)
     return path
 
@@ -1880,6 +1881,8 @@ def parse_args(argv=None):
     if is_tiny_world:  # other defaults: read the flags once more
         parser.set_defaults(**TINY_WORLD)
         args = parser.parse_args(argv)
+    if args.output_dir == "":
+        parser.error("--output-dir is empty")
     if args.output_dir is None:
         name = "tiny-policy" if is_tiny_world else Path(args.model).name
         args.output_dir = f"runs/{name}-{args.seed}"
@@ -1913,6 +1916,7 @@ def main(argv=None):
     """Train, and save the trained model."""
     args = parse_args(argv)
     silence_libraries()
+    keep_signals_from_children()  # before a reward file is imported: it may fork
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     if dist.is_torchelastic_launched():

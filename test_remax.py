@@ -32,6 +32,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1727,7 +1728,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "kind", [OSError(errno.ENOSPC, "No space left"), remax.SafetensorError("No space left")]
+    "kind", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")]
 )
 def test_disk_full_at_the_last_moment(small, tmp_path, capsys, monkeypatch, kind):
     def save_pretrained(self, folder, **kwargs):
@@ -1789,6 +1790,7 @@ FILES = {  # name: content
     "mixed.jsonl": '{"prompt": "The plot"}\n' + json.dumps({"prompt": CHAT}) + "\n",
     "blank.txt": "\n\n\n",
     "number.jsonl": '{"prompt": 1}\n' * 60,
+    "half_an_emoji.jsonl": '{"prompt": "The plot \\ud83d"}\n' * 60,
     "null.jsonl": '{"prompt": null}\n{"prompt": "The plot"}\n' * 60,
     "broken.jsonl": '{"prompt": "The plot"}\n{"prompt": "The cast"\n',
     "broken.json": '[{"prompt": "The plot"}, {"prom',
@@ -1799,6 +1801,8 @@ FILES = {  # name: content
     "afile": "",
 }
 MISTAKES = [  # the flags, words that the answer must have
+    ("--prompts half_an_emoji.jsonl", "--prompts half_an_emoji.jsonl"),
+    ("--missing-eos-penalty 1e39 --max-new-tokens 1", "--missing-eos-penalty 1e+39"),
     ("--model nosuch", "--model nosuch"),
     ("--model no/such", "--model no/such"),
     ("--model {tiny}/reward", "classifier --model"),
@@ -2355,6 +2359,7 @@ def test_a_reward_that_forks_ends(small, tmp_path):
 
 def terminated_at_birth():
     """SIGTERM comes before Python has made the child ready."""
+    remax.keep_signals_from_children()
     remax.StopRequest()
     for _ in range(100):
         child = os.fork()
@@ -2388,12 +2393,19 @@ def f(completions, **kwargs):
 """
 
 
+MADE_BY_EACH_CALL = '    with multiprocessing.get_context("fork").Pool(2) as pool:'
+MADE_WITH_THE_FILE = WORKING.replace(MADE_BY_EACH_CALL, "    if True:").replace(
+    "def f(", 'pool = multiprocessing.get_context("fork").Pool(2)\n\ndef f('
+)
+
+
+@pytest.mark.parametrize("source", [WORKING, MADE_WITH_THE_FILE], ids=["each call", "the file"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
-    number, small, tmp_path
+    number, source, small, tmp_path
 ):
     """As Ctrl-C in a terminal, `timeout` and torchrun, and a terminal that is closed."""
-    (tmp_path / "working.py").write_text(WORKING.replace("NUMBER", str(int(number))))
+    (tmp_path / "working.py").write_text(source.replace("NUMBER", str(int(number))))
     flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
     done = Child(*flags, "--output-dir", tmp_path / "run").wait()
     assert done.returncode == 128 + number, done.stderr
@@ -2798,7 +2810,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "reward_that_forks"),
     ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
      "from_its_birth"),
-    ("child that the run's signals reach", "        os.setpgrp()\n", "", "forked_children"),
+    ("child that the run's signals reach", "            os.setpgrp()\n", "            pass\n",
+     "forked_children"),
     ("second SIGHUP that ends the run", "signal.signal(signal.SIGHUP, self.on_hangup)",
      "signal.signal(signal.SIGHUP, self.on_stop)", "second_sighup"),
     ("printing to nobody", "    except BrokenPipeError:", "    except ZeroDivisionError:",
