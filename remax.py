@@ -494,9 +494,7 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None:  # not given
-        return as_flag(name)
-    if value is True:
+    if value is None or value is True:  # not given, or switched on
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -623,7 +621,10 @@ def read_dataset(name):
         return read_file(path)
     if suffix_of(path) in FILE_SUFFIXES and not path.exists():
         raise FileNotFoundError(f"there is no file {name}")  # do not ask the hub for it
-    return list(datasets.load_dataset(name, split="train"))
+    try:
+        return list(datasets.load_dataset(name, split="train"))
+    except datasets.exceptions.DatasetGenerationError as error:  # its cause says what is wrong
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def shortened(value):
@@ -1281,7 +1282,7 @@ def keep_signals_from_children():
 
 
 class StopRequest:
-    """Remembers a signal until the step is done. A second Ctrl-C ends the run at once."""
+    """Remembers a signal until the step is done. A second Ctrl-C or SIGTERM ends it at once."""
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
@@ -1687,7 +1688,6 @@ class Run:
         if self.steps_done == 0:
             self.evaluate_and_log(0)
         first_step = self.steps_done + 1
-        most_skipped = min(5, args.steps - self.steps_done)  # in a row
         bar = tqdm(
             range(first_step, args.steps + 1),
             initial=self.steps_done,
@@ -1708,14 +1708,14 @@ class Run:
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
             skipped_in_a_row = self.count_streak("no finite gradient", figures["skipped"] == 1)
-            is_stuck = skipped_in_a_row == most_skipped
+            is_stuck = skipped_in_a_row == min(5, args.steps)
             if is_last or is_stopped or is_stuck or step % args.save_every == 0:
                 self.save(step)
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
             if is_stuck:
-                reason = f"no finite gradient in {most_skipped} steps; a checkpoint is saved"
+                reason = f"no finite gradient in {skipped_in_a_row} steps; a checkpoint is saved"
                 raise BadInput(reason, "lr", "precision", "kl_coef")
 
 
@@ -1823,7 +1823,7 @@ def make_parser():
 
     algorithm = parser.add_argument_group("algorithm")
     algorithm.add_argument("--baseline", default="greedy", choices=("greedy", "none"),
-        help="greedy is ReMax, none is REINFORCE")
+        help="greedy is ReMax; none is REINFORCE, where the greedy reward is only logged")
     algorithm.add_argument("--kl-coef", default=0.01, type=nonnegative_float,
         help="beta, the price of a nat of KL to the reference; 0 loads no reference")
     algorithm.add_argument("--steps", default=300, type=positive_int,

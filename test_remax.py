@@ -1960,6 +1960,50 @@ def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_short_run_that_skipped_every_step_fails(small, tmp_path, capsys):
+    flags = ["--kl-coef", "1e39", "--steps", 2, "--output-dir", tmp_path]
+    code, said = answer(capsys, *small, *flags)
+    assert code == 1
+    assert "no finite gradient in 2 steps" in said[-2]
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_foreign_checkpoint_is_refused(small, tmp_path, capsys):
+    torch.save({"model": 1}, tmp_path / "checkpoint.pt")
+    code, said = answer(capsys, *small, "--output-dir", tmp_path, "--resume")
+    assert code == 1
+    assert "is no checkpoint of remax.py" in said[-2]
+
+
+def test_an_empty_output_dir_is_refused(small, capsys):
+    code, said = answer(capsys, *small, "--output-dir", "")
+    assert code == 2
+    assert "--output-dir is empty" in said[-1]
+
+
+def fail_without_a_reader(flags, errors):
+    """Standard output is a pipe that nobody reads, standard error a file."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    try:
+        remax.main(flags)
+    except SystemExit as stop:
+        print(stop, file=sys.stderr, flush=True)
+
+
+def test_a_mistake_is_answered_though_nobody_reads_the_output(tmp_path):
+    (tmp_path / "nan.py").write_text(
+        "def f(completions, **kwargs):\n    return [float('nan')] * len(completions)"
+    )
+    flags = ["--reward", f"{tmp_path}/nan.py:f", "--output-dir", f"{tmp_path}/run"]
+    run_in_a_child(fail_without_a_reader, flags, str(tmp_path / "errors"))
+    assert "look at --reward" in (tmp_path / "errors").read_text()
+
+
 def test_a_mistake_as_the_shell_sees_it(tmp_path):
     done = finished(start_shell("--model", "nosuch", "--output-dir", tmp_path))
     assert done.returncode == 1
