@@ -56,6 +56,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -272,9 +273,9 @@ def remax_step(
     greedy_baseline: False sets b = 0. That is REINFORCE, and the greedy reward is only logged.
     micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
     dtype: what to compute in; the weights stay in float32.
-    Returns the step's figures, name -> number. The policy is left in train() mode.
-    Under torchrun each process brings B prompts of its own, all make the same update, and the
-    figures are those of the whole batch.
+    Returns what happened, name -> tensor: loss and grad_norm are scalars, all else is (B,), one
+    entry a prompt. The policy is left in train() mode.
+    Under torchrun each process brings B prompts of its own, and all make the same update.
     """
     if reference is None and kl_coef > 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
@@ -284,7 +285,6 @@ def remax_step(
     autocast = torch.autocast(
         device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
     )
-    start = time.perf_counter()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
@@ -292,13 +292,11 @@ def remax_step(
         response, greedy_response, sampling_logprobs = rollout(
             policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
         )  # (B,T) each
-    rollout_end = time.perf_counter()
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
     rewards = score(torch.cat([response, greedy_response]))  # (2B,)
     reward, greedy_reward = rewards.chunk(2)  # (B,) each
     baseline = greedy_reward if greedy_baseline else torch.zeros_like(greedy_reward)  # (B,)
-    score_end = time.perf_counter()
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
@@ -341,31 +339,22 @@ def remax_step(
     scaler.update()
     optimizer.zero_grad()
 
-    # ---- diagnostics only below: nothing changes the update ----
     difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
-    row_figures = {  # (B,) each
+    results = {
         "reward": reward,
         "greedy_reward": greedy_reward,
         "advantage": reward - baseline,
         "zero_advantage": reward == baseline,
-        "kl": (logprobs - ref_logprobs).sum(1),  # both are 0 where masked
-        "entropy": -logprobs.sum(1),
+        "entropy": -logprobs.sum(1),  # nats a response: logprobs are 0 where masked
         "tokens": mask.sum(1),
         "eos": (response == eos_id).any(1),
-        "sampling_logp_difference": difference.sum(1),
+        "sampling_logp_difference": difference.sum(1),  # nats a response
+        "loss": batch_loss,
+        "grad_norm": grad_norm,
     }
-    figures = {name: batch_mean(values) for name, values in row_figures.items()}
-    if reference is None:
-        figures["kl"] = None
-    figures["entropy"] /= figures["tokens"]  # in nats a token, as the difference below
-    figures["sampling_logp_difference"] /= figures["tokens"]
-    figures["loss"] = batch_mean(batch_loss)
-    figures["grad_norm"] = grad_norm.item()
-    figures["skipped"] = 0.0 if grad_norm.isfinite() else 1.0
-    figures["rollout_seconds"] = rollout_end - start
-    figures["score_seconds"] = score_end - rollout_end
-    figures["update_seconds"] = time.perf_counter() - score_end
-    return figures
+    if reference is not None:
+        results["kl"] = (logprobs - ref_logprobs).sum(1)  # nats a response
+    return results
 
 
 # -------------------------------------------------------------------------------------------------
@@ -436,13 +425,6 @@ def average_gradients(model):
         if parameter.grad is None:  # a part of a mixture of experts may have had nothing to do
             parameter.grad = torch.zeros_like(parameter)
         average_over_processes(parameter.grad)
-
-
-def batch_mean(values):
-    """The mean over all entries and all processes, as a number: all processes must call it."""
-    mean = values.float().mean()
-    average_over_processes(mean)
-    return mean.item()
 
 
 # =================================================================================================
@@ -1252,32 +1234,34 @@ def keep_signals_from_children():
 
     A reward may fork: a Pool, or a Process that it ends by terminate(). Such a child would inherit
     the run's handlers, which only make a note of a signal, and so would never end. And Ctrl-C would
-    reach it too, though the run needs it to finish the step. So each child gets the default
-    handlers, and a process group of its own, which a terminal, `timeout` and torchrun do not reach.
-
-    A signal that came between the fork and that moment would be lost. It is held back until then.
+    reach it too, though the run needs it to finish the step. Python calls three functions at a
+    fork:
+      before_fork         holds signals back: one that came in the middle would be lost
+      after_fork_in_run   lets them through again
+      after_fork_in_child gives the child the default handlers, and a process group of its own,
+                          which a terminal, `timeout` and torchrun do not reach
     """
     if not hasattr(os, "register_at_fork"):  # Windows has no fork
         return
     numbers = stop_signals()
 
-    def hold_signals():
+    def before_fork():
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
-    def let_signals_through():
+    def after_fork_in_run():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
-    def set_up_child():
+    def after_fork_in_child():
         with suppress(OSError):  # pty.fork() has made it the leader of a group already
             os.setpgrp()
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        let_signals_through()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     os.register_at_fork(
-        before=hold_signals,
-        after_in_parent=let_signals_through,
-        after_in_child=set_up_child,
+        before=before_fork,
+        after_in_parent=after_fork_in_run,
+        after_in_child=after_fork_in_child,
     )
 
 
@@ -1350,6 +1334,43 @@ def sample_in_words(answer):
     )
 
 
+def batch_mean(values):
+    """The mean over all entries and all processes, as a number: all processes must call it."""
+    mean = values.float().mean()
+    average_over_processes(mean)
+    return mean.item()
+
+
+def measured_step(policy, reference, optimizer, scaler, score, prompt, attention_mask, **settings):
+    """remax_step(), and what it leads to as numbers: means over the batch, and seconds.
+
+    Returns the figures of a row of metrics.jsonl, name -> number.
+    """
+    times = [time.perf_counter()]
+
+    def timed_score(responses):  # it is called once, between the rollout and the update
+        times.append(time.perf_counter())
+        rewards = score(responses)
+        times.append(time.perf_counter())
+        return rewards
+
+    results = remax_step(
+        policy, reference, optimizer, scaler, timed_score, prompt, attention_mask, **settings
+    )
+    figures = {name: batch_mean(values) for name, values in results.items()}
+    times.append(time.perf_counter())
+    start, rollout_end, score_end, end = times
+
+    # From nats a response to nats a token.
+    figures["entropy"] /= figures["tokens"]
+    figures["sampling_logp_difference"] /= figures["tokens"]
+    figures["skipped"] = 0.0 if math.isfinite(figures["grad_norm"]) else 1.0
+    figures["rollout_seconds"] = rollout_end - start
+    figures["score_seconds"] = score_end - rollout_end
+    figures["update_seconds"] = end - score_end
+    return {"kl": None} | figures  # None without a reference
+
+
 def seed_of_step(seed, step):
     """A number of 32 bits, another one for every seed and step."""
     return random.Random(f"{seed}/{step}").getrandbits(32)
@@ -1362,7 +1383,7 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.steps_done = 0
-        self.streaks = {}  # name of a problem -> the number of steps in a row that had it
+        self.streaks = Counter()  # name of a problem -> the number of steps in a row that had it
 
         # The machine.
         self.rank, self.processes = 0, 1
@@ -1396,20 +1417,19 @@ class Run:
         use_one_thread_if_small(self.policy)
 
     def open_folder(self):
-        """Open and lock metrics.jsonl, write args.json, and return the checkpoint to go on from.
+        """Take the output folder for this run, and return the checkpoint to go on from, or None.
 
-        A new run has none, and must not find the files of another one. Under torchrun the first
-        process alone writes.
+        Under torchrun the first process alone writes.
         """
         args = self.args
         checkpoint = None
         with blame("output_dir"):
             if self.rank == 0:
                 self.metrics = open_metrics(self.folder)
+                if not args.resume:
+                    refuse_old_run(args, self.folder)
             if args.resume:
                 checkpoint = read_checkpoint(args, self.flags, self.folder / "checkpoint.pt")
-            elif self.rank == 0:
-                refuse_old_run(args, self.folder)
             if self.rank == 0:
                 (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
         return checkpoint
@@ -1602,7 +1622,7 @@ class Run:
             group["lr"] = self.learning_rate(step)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        figures = remax_step(
+        figures = measured_step(
             self.policy,
             self.reference,
             self.optimizer,
@@ -1659,21 +1679,25 @@ class Run:
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
     def count_streak(self, problem, is_there):
-        """Count one more step with this problem, or begin again at 0; return the count."""
-        count = self.streaks.get(problem, 0) + 1
-        self.streaks[problem] = count if is_there else 0
+        """How many steps in a row, up to this one, had this problem."""
+        if is_there:
+            self.streaks[problem] += 1
+        else:
+            self.streaks[problem] = 0
         return self.streaks[problem]
 
-    def warn_of_trouble(self, figures):
-        """Print a warning, once, when a problem has been there for 20 steps in a row."""
-        without_advantage = self.count_streak("no advantage", figures["zero_advantage"] == 1)
-        if without_advantage == 20:
+    def warn_of_no_advantage(self, figures):
+        """Say once that nothing is learned: for 20 steps in a row every advantage was 0."""
+        if self.count_streak("no advantage", figures["zero_advantage"] == 1) == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
-        # An estimate of a KL near 0 may be a little negative, but not by a nat, for 20 steps.
-        is_negative = figures["kl"] is not None and figures["kl"] < -1
-        with_negative_kl = self.count_streak("negative KL", is_negative)
-        if with_negative_kl == 20:
-            say("warning: 20 steps of KL below -1: are the responses drawn from the policy?")
+
+    def end_if_stuck(self, step, figures):
+        """End the run after five steps in a row that changed no weight."""
+        count = self.count_streak("no finite gradient", figures["skipped"] == 1)
+        if count == min(5, self.args.steps):
+            self.save(step)
+            reason = f"no finite gradient in {count} steps; a checkpoint is saved"
+            raise BadInput(reason, "lr", "precision", "kl_coef")
 
     def show(self, bar, step, figures):
         """Write the step's figures in front of the bar or, where there is none, as a line."""
@@ -1683,7 +1707,7 @@ class Run:
             bar.set_description_str(in_words(figures), refresh=False)
 
     def train(self, stop):
-        """Every step, with the evaluations and checkpoints that are due after it."""
+        """Take the steps that are left, with the evaluations and checkpoints that are due."""
         args = self.args
         if self.steps_done == 0:
             self.evaluate_and_log(0)
@@ -1700,23 +1724,19 @@ class Run:
             if step == first_step:
                 self.check_sampler(figures["sampling_logp_difference"], self.dtype)
             self.show(bar, step, figures)
-            self.warn_of_trouble(figures)
+            self.warn_of_no_advantage(figures)
+            self.end_if_stuck(step, figures)
 
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            skipped_in_a_row = self.count_streak("no finite gradient", figures["skipped"] == 1)
-            is_stuck = skipped_in_a_row == min(5, args.steps)
-            if is_last or is_stopped or is_stuck or step % args.save_every == 0:
+            if is_last or is_stopped or step % args.save_every == 0:
                 self.save(step)
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)
-            if is_stuck:
-                reason = f"no finite gradient in {skipped_in_a_row} steps; a checkpoint is saved"
-                raise BadInput(reason, "lr", "precision", "kl_coef")
 
 
 def peak_memory_gb(device):
@@ -1874,11 +1894,23 @@ def absolute(path):
     return path
 
 
+def make_paths_absolute(args):
+    """A reward function may change the working directory: a relative path would be another one."""
+    args.model = absolute(args.model)
+    args.prompts = absolute(args.prompts)
+    reward_file, function_name = split_function(args.reward)
+    args.reward = absolute(reward_file)
+    if function_name is not None:
+        args.reward += f":{function_name}"
+
+
 def parse_args(argv=None):
+    """The flags that were typed, and the defaults of all others."""
     parser = make_parser()
     args = parser.parse_args(argv)
     is_tiny_world = args.model is None
-    if is_tiny_world:  # other defaults: read the flags once more
+    if is_tiny_world:
+        # Its own defaults for all flags that were not typed: read the command once more.
         parser.set_defaults(**TINY_WORLD)
         args = parser.parse_args(argv)
     if args.output_dir == "":
@@ -1886,13 +1918,7 @@ def parse_args(argv=None):
     if args.output_dir is None:
         name = "tiny-policy" if is_tiny_world else Path(args.model).name
         args.output_dir = f"runs/{name}-{args.seed}"
-    # Once and for all: a reward function may change the working directory.
-    args.model = absolute(args.model)
-    args.prompts = absolute(args.prompts)
-    reward_file, function_name = split_function(args.reward)
-    args.reward = absolute(reward_file)
-    if function_name is not None:
-        args.reward = f"{args.reward}:{function_name}"
+    make_paths_absolute(args)
     return args
 
 
@@ -1912,8 +1938,18 @@ def join_torchrun():
     dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
+def run_to_the_end(args):
+    """Load, train, and save the trained model."""
+    run = Run(args)
+    run.train(StopRequest())
+    if run.rank == 0:
+        run.save_model()
+        print_summary(run.folder / "metrics.jsonl")
+        say(f"the trained model is in {args.output_dir}/model")
+
+
 def main(argv=None):
-    """Train, and save the trained model."""
+    """Read the flags, and answer in two lines if they do not work out."""
     args = parse_args(argv)
     silence_libraries()
     keep_signals_from_children()  # before a reward file is imported: it may fork
@@ -1922,18 +1958,12 @@ def main(argv=None):
     if dist.is_torchelastic_launched():
         join_torchrun()
     try:
-        run = Run(args)
-        run.train(StopRequest())
-        if run.rank == 0:
-            run.save_model()
+        run_to_the_end(args)
     except BadInput as error:
         exit_with(error, args, error.flags)
     except torch.OutOfMemoryError as error:
         flags = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
         exit_with(str(error).splitlines()[0], args, flags)
-    if run.rank == 0:
-        print_summary(run.folder / "metrics.jsonl")
-        say(f"the trained model is in {args.output_dir}/model")
     if dist.is_initialized():
         dist.destroy_process_group()  # nccl warns of a process that ends without it
 

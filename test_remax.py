@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from itertools import product
@@ -350,7 +351,8 @@ def mean_token(responses):
 def step(
     policy, reference=None, reward=mean_token, B=4, lr=1.0, device="cpu", scaler=None, **kwargs
 ):
-    """One remax_step of plain SGD: with no clipping, old weights minus new ones is the gradient."""
+    """The figures of a step of plain SGD: without clipping, old weights minus new ones is the
+    gradient."""
     torch.manual_seed(5)
     options = {
         "eos_id": EOS,
@@ -366,7 +368,7 @@ def step(
     scaler = scaler or torch.amp.GradScaler(device, enabled=False)
     prompt, attention_mask = prompts(B, vocab_size=policy.config.vocab_size)
     prompt, attention_mask = prompt.to(device), attention_mask.to(device)
-    return remax.remax_step(
+    return remax.measured_step(
         policy, reference, optimizer, scaler, reward, prompt, attention_mask, **(options | kwargs)
     )
 
@@ -2595,13 +2597,13 @@ def test_a_terminal_that_does_not_know_a_letter_does_not_end_the_run(small, tmp_
 
 
 def one_step(folder, rank, processes):
-    """A remax_step of one of several processes; what it leads to goes into a file."""
+    """A step of one of several processes; what it leads to goes into a file."""
     if processes > 1:
         meeting = f"file://{folder}/meeting"
         dist.init_process_group("gloo", meeting, rank=rank, world_size=processes)
     policy, reference, prompts = torch.load(folder / "inputs.pt", weights_only=False)
     prompt = prompts[rank::processes]  # (B,P)
-    figures = remax.remax_step(
+    figures = remax.measured_step(
         policy,
         reference,
         torch.optim.SGD(policy.parameters(), 100.0),
@@ -2852,7 +2854,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "neither_overwritten"),
     ("child that survives SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
      "reward_that_forks"),
-    ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
+    ("child that is born deaf to SIGTERM", "before=before_fork", "before=after_fork_in_run",
      "from_its_birth"),
     ("child that the run's signals reach", "            os.setpgrp()\n", "            pass\n",
      "forked_children"),
@@ -2860,7 +2862,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "signal.signal(signal.SIGHUP, self.on_stop)", "second_sighup"),
     ("printing to nobody", "    except BrokenPipeError:", "    except ZeroDivisionError:",
      "reader_has_gone"),
-    ("stop that saves nothing", "if is_last or is_stopped or is_stuck", "if is_last or is_stuck",
+    ("stop that saves nothing", "if is_last or is_stopped", "if is_last",
      "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
      "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
@@ -2891,8 +2893,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "changed_file"),
     ("tokens averaged over the wrong axis", '"tokens": mask.sum(1)',
      '"tokens": mask.sum(0)', "figures_are"),
-    ("logged loss scaled wrongly", 'figures["loss"] = batch_mean(batch_loss)',
-     'figures["loss"] = batch_mean(batch_loss) / B', "figures_are"),
+    ("logged loss scaled wrongly", '"loss": batch_loss,', '"loss": batch_loss / B,', "figures_are"),
     ("autocast off in bf16", "enabled=dtype != torch.float32", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
@@ -2944,21 +2945,29 @@ def test_sabotage_is_noticed(name, line, broken, test, tmp_path):
 # =================================================================================================
 
 README = (ROOT / "README.md").read_text()
-TEXT = " ".join(README.split())  # line ends aside
+DATA_README = (DATA / "README.md").read_text()
+TEXT = " ".join(f"{README} {DATA_README}".split())  # line ends aside
 
 
 def read_results(name):
     return [json.loads(line) for line in open(DATA / "results" / name)]
 
 
-def test_every_link_of_the_readme_leads_somewhere():
-    headings = re.findall(r"^#+ (.*)", README, re.M)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def anchors_of(page):
+    """What a link into this page may name: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DATA / "README.md"], ids=["top", "data"])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), target
 
 
 ON_ONE_LINE = re.sub(r" \\\n +", " ", README)
@@ -3069,8 +3078,8 @@ def numbers_in_tables(text):
 def test_the_tables_of_the_readme_are_the_logs():
     made, results = quoted_rows(), README[README.index("## Results") : README.index("## Use")]
     for row in made:
-        assert row in README, row
-    for row in numbers_in_tables(results):  # and there is no other, older one
+        assert row in README + DATA_README, row
+    for row in numbers_in_tables(results + DATA_README):  # and there is no other, older one
         assert row in made or row.startswith(("| before", "| after training")), row
 
 
@@ -3128,7 +3137,7 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"seconds for the same work, and GRPO {seconds['GRPO']:.1f}",
         f"On another H200, RLOO and GRPO took {before_that['RLOO']:.1f} and "
         f"{before_that['GRPO']:.1f} seconds, and ReMax {before_that['ReMax']:.1f}",
-        f"Here a step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
+        f"A step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
         f"{median_seconds('rloo'):.1f}",
         f"{min(longer):.1f} to {max(longer):.1f} times as long as ReMax's",
         f"kernels took {profile['kernel_seconds']:.2f} of {profile['wall_seconds']:.2f} seconds",
@@ -3205,15 +3214,15 @@ def test_the_readme_names_every_column():
 
 
 def test_the_reward_function_of_the_readme_reads_texts_and_chats(tmp_path):
-    (source,) = re.findall(r"( +def text_of.*?)\n\n  Save this", README, re.S)
+    (source,) = re.findall(r"( +def text_of.*?)\n\nSave this", README, re.S)
     functions = {}
-    exec("\n".join(line[6:] for line in source.splitlines()), functions)
+    exec(textwrap.dedent(source), functions)
     chat = [{"role": "assistant", "content": " five."}]
     assert functions["right"](["", ""], [" five", chat], ["five", "six"]) == [1.0, 0.0]
 
 
 def test_lines_of_the_readme_are_short():
-    for page in README, (DATA / "README.md").read_text():
+    for page in README, DATA_README:
         long = [line for line in page.splitlines() if len(line) > 100 and "|" not in line]
         assert not long
 
@@ -3249,7 +3258,7 @@ def test_the_loop_of_the_readme_works_as_it_stands(monkeypatch, capsys):
     (source,) = re.findall(r"```python\n(.*?)```", README, re.S)
     torch.manual_seed(0)  # whatever ran before
     exec(source, {})
-    rewards = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    rewards = [float(text) for text in re.findall(r"reward (.*?),", capsys.readouterr().out)]
     assert len(rewards) == 20
     assert sum(rewards[-5:]) > sum(rewards[:5])
 

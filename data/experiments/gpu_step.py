@@ -241,7 +241,7 @@ def steps(policy, prompt, attention_mask, repeats):
         return classifier(ids).logits[:, -1].float()
 
     def step(micro_batch_size, new_tokens=T):
-        return remax.remax_step(
+        return remax.measured_step(
             policy,
             reference,
             optimizer,

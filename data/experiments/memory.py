@@ -271,7 +271,7 @@ def step_peaks(model, flags):
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
         for tokens in (1, T):  # the first step creates the optimizer's state
             meter.start()
-            figures = remax.remax_step(
+            figures = remax.measured_step(
                 policy,
                 reference,
                 optimizer,
