@@ -56,7 +56,6 @@ import signal
 import statistics
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -101,18 +100,16 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     row and decode another one greedily, in the time of one.
     """
     # Rows 0 to B-1 are for the sampled responses, rows B to 2B-1 for the greedy ones.
-    prompt = torch.cat([prompt, prompt])  # (2B,P)
-    attention_mask = torch.cat([attention_mask, attention_mask])  # (2B,P)
-
+    next_input = torch.cat([prompt, prompt])  # (2B,P), and from then on the new tokens (2B,1)
+    full_mask = torch.cat([attention_mask, attention_mask])  # (2B,P), one column more a token
+    positions = position_ids(full_mask)  # (2B,P), those of next_input
     cache = None
-    next_input = prompt  # what the model reads next: (2B,P), and from then on (2B,1)
-    positions = position_ids(attention_mask)  # (2B,P), those of next_input
-    done = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)  # (2B,1)
+    done = torch.zeros(len(next_input), 1, dtype=torch.bool, device=prompt.device)  # (2B,1)
     tokens, logprobs = [], []
     for _ in range(max_new_tokens):
         output = policy(
             next_input,
-            attention_mask=attention_mask,
+            attention_mask=full_mask,
             position_ids=positions,
             cache=cache,  # transformers 5.24 renamed past_key_values
             use_cache=True,
@@ -123,10 +120,11 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
             name = type(policy).__name__
             raise ValueError(f"{name} keeps no cache, or transformers is older than 5.24")
 
-        logits, greedy_logits = output.logits[:, -1].float().chunk(2)  # (B,V) each
+        next_logits = output.logits[:, -1].float()  # (2B,V)
+        logits, greedy_logits = next_logits.chunk(2)  # (B,V) each
         probabilities = logits.softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
-        logprobs.append(probabilities.gather(1, sampled).log())  # (B,1)
+        logprobs.append(logits.log_softmax(-1).gather(1, sampled))  # (B,1)
         likeliest = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
         new_tokens = torch.cat([sampled, likeliest])  # (2B,1)
 
@@ -140,7 +138,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         next_input = new_tokens  # (2B,1)
         positions = positions[:, -1:] + 1  # (2B,1)
         new_column = torch.ones_like(new_tokens)  # (2B,1)
-        attention_mask = torch.cat([attention_mask, new_column], 1)  # one column more
+        full_mask = torch.cat([full_mask, new_column], 1)
     response, greedy_response = torch.cat(tokens, 1).chunk(2)  # (B,T) each
     return response, greedy_response, torch.cat(logprobs, 1)
 
@@ -202,14 +200,14 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #
 # Line 1 is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
 #
-# Line 4: b must not depend on y. The greedy response does not: the prompt and the weights determine
-# it. (That the weights will change does not matter: line 4 needs only what b is now.) A good b is
-# near V(x), the mean reward of the prompt's responses, which PPO trains a critic to predict. The
-# greedy reward is a guess at V(x), and often too high, as the greedy response is better than most
-# samples. Then r - b is negative for most of them. By line 4 a push that all samples share cancels
-# in the mean; in a single batch it adds noise. The bad samples are pushed down more than the good
-# ones, and this difference is what the policy learns from. (The KL of the greedy response could be
-# part of b too. Algorithm 1 leaves it out.)
+# Line 4 allows any b that does not depend on y. The greedy response depends on the prompt and the
+# weights alone. b is there to lower the variance. Suppose that all responses to a prompt have
+# rewards between 0.8 and 1. Without b each of them is made more likely, the bad ones too, and only
+# an average over many responses shows which ones are better. With b = 0.9 a single one shows it.
+# A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a critic to
+# predict. The greedy reward is a guess at V(x) that needs no training. It is often too high: then
+# most r - b are negative, and the bad responses are pushed down most. The mean stays right, by
+# line 4, but there is more noise. (Algorithm 1 leaves the KL of the greedy response out of b.)
 #
 # Line 5 is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
 # of line 1, with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
@@ -244,6 +242,22 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     return -(logprobs * token_advantage * mask).sum(1).mean()
 
 
+class StepResult(NamedTuple):
+    """What a step drew and computed. Enough for any figure, and for the curious."""
+
+    response: torch.Tensor  # (B,T)
+    greedy_response: torch.Tensor  # (B,T)
+    mask: torch.Tensor  # (B,T), of the response
+    reward: torch.Tensor  # (B,)
+    greedy_reward: torch.Tensor  # (B,)
+    baseline: torch.Tensor  # (B,): the greedy reward, or 0
+    logprobs: torch.Tensor  # (B,T), before the update; 0 where masked, as the next
+    ref_logprobs: torch.Tensor | None  # (B,T); None without a reference
+    sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
+    loss: torch.Tensor  # a scalar
+    grad_norm: torch.Tensor  # a scalar, before clipping
+
+
 def remax_step(
     policy,
     reference,
@@ -273,18 +287,13 @@ def remax_step(
     greedy_baseline: False sets b = 0. That is REINFORCE, and the greedy reward is only logged.
     micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
     dtype: what to compute in; the weights stay in float32.
-    Returns what happened, name -> tensor: loss and grad_norm are scalars, all else is (B,), one
-    entry a prompt. The policy is left in train() mode.
+    Returns a StepResult. The policy is left in train() mode.
     Under torchrun each process brings B prompts of its own, and all make the same update.
     """
     if reference is None and kl_coef > 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     device = prompt.device
-    # cache_enabled=True would keep a 16-bit copy of every weight during the backward pass.
-    autocast = torch.autocast(
-        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-    )
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
@@ -296,7 +305,9 @@ def remax_step(
     # 2. Score. One call for both halves, so that nothing can score them differently.
     rewards = score(torch.cat([response, greedy_response]))  # (2B,)
     reward, greedy_reward = rewards.chunk(2)  # (B,) each
-    baseline = greedy_reward if greedy_baseline else torch.zeros_like(greedy_reward)  # (B,)
+    baseline = greedy_reward  # (B,)
+    if not greedy_baseline:
+        baseline = torch.zeros_like(greedy_reward)
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
@@ -304,29 +315,28 @@ def remax_step(
     # 4. Reference. With --offload it lives in CPU memory, and is on the GPU for this step alone.
     ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T)
     if reference is not None:
-        with on_device(reference, device), autocast:
+        with on_device(reference, device), computing_in(dtype, device):
             ref_logprobs = logprobs_without_gradient(
                 reference, prompt, attention_mask, response, mask, micro_batch_size
             )  # (B,T)
 
     # 5. Gradient. Gradient checkpointing works in train() mode alone. (There is no dropout.)
     policy.train()
-    logprobs = torch.zeros_like(ref_logprobs)  # (B,T), for the figures below
     batch_loss = torch.zeros((), device=device)
-    for start_row in range(0, B, micro_batch_size):
-        rows = slice(start_row, start_row + micro_batch_size)  # N of them
-        with autocast:
-            row_logprobs = token_logprobs(
-                policy, prompt[rows], attention_mask[rows], response[rows], mask[rows]
+    logprobs = []
+    for part in torch.arange(B, device=device).split(micro_batch_size):  # (N,): numbers of rows
+        with computing_in(dtype, device):
+            part_logprobs = token_logprobs(
+                policy, prompt[part], attention_mask[part], response[part], mask[part]
             )  # (N,T)
         loss = remax_loss(
-            row_logprobs, ref_logprobs[rows], mask[rows], reward[rows], baseline[rows], kl_coef
+            part_logprobs, ref_logprobs[part], mask[part], reward[part], baseline[part], kl_coef
         )
         # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
-        loss = loss * len(row_logprobs) / B
+        loss = loss * len(part) / B
         scaler.scale(loss).backward()
-        logprobs[rows] = row_logprobs.detach()
         batch_loss += loss.detach()
+        logprobs.append(part_logprobs.detach())
 
     # 6. Update. The loss is a sum over tokens, so most gradients are long. Clipping keeps their
     # direction and gives up their length, and with it strict unbiasedness. A gradient that is not
@@ -339,22 +349,19 @@ def remax_step(
     scaler.update()
     optimizer.zero_grad()
 
-    difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
-    results = {
-        "reward": reward,
-        "greedy_reward": greedy_reward,
-        "advantage": reward - baseline,
-        "zero_advantage": reward == baseline,
-        "entropy": -logprobs.sum(1),  # nats a response: logprobs are 0 where masked
-        "tokens": mask.sum(1),
-        "eos": (response == eos_id).any(1),
-        "sampling_logp_difference": difference.sum(1),  # nats a response
-        "loss": batch_loss,
-        "grad_norm": grad_norm,
-    }
-    if reference is not None:
-        results["kl"] = (logprobs - ref_logprobs).sum(1)  # nats a response
-    return results
+    return StepResult(
+        response=response,
+        greedy_response=greedy_response,
+        mask=mask,
+        reward=reward,
+        greedy_reward=greedy_reward,
+        baseline=baseline,
+        logprobs=torch.cat(logprobs),
+        ref_logprobs=None if reference is None else ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        loss=batch_loss,
+        grad_norm=grad_norm,
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -380,6 +387,13 @@ def weights_as(model, dtype):
             parameter.data = own
 
 
+def computing_in(dtype, device):
+    """A with block where torch computes in 16 bits what it safely can. float32 changes nothing."""
+    is_16_bit = dtype != torch.float32
+    # cache_enabled=True would keep a 16-bit copy of every weight during the backward pass.
+    return torch.autocast(device.type, dtype, enabled=is_16_bit, cache_enabled=False)
+
+
 @contextmanager
 def on_device(model, device):
     """Inside the with block the model is on the device, afterwards where it was before."""
@@ -391,20 +405,19 @@ def on_device(model, device):
         model.to(home)
 
 
+@torch.no_grad()
 def logprobs_without_gradient(model, prompt, attention_mask, response, mask, micro_batch_size):
     """token_logprobs() of a batch, computed a micro-batch at a time: the logits need much memory.
 
     prompt, attention_mask: (B,P); response, mask: (B,T). Returns (B,T).
     """
-    parts = []
-    with torch.no_grad():
-        for start_row in range(0, len(prompt), micro_batch_size):
-            rows = slice(start_row, start_row + micro_batch_size)  # N of them
-            part = token_logprobs(
-                model, prompt[rows], attention_mask[rows], response[rows], mask[rows]
-            )  # (N,T)
-            parts.append(part)
-    return torch.cat(parts)
+    logprobs = []
+    for part in torch.arange(len(prompt), device=prompt.device).split(micro_batch_size):  # (N,)
+        part_logprobs = token_logprobs(
+            model, prompt[part], attention_mask[part], response[part], mask[part]
+        )  # (N,T)
+        logprobs.append(part_logprobs)
+    return torch.cat(logprobs)
 
 
 def average_over_processes(tensor):
@@ -476,7 +489,9 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None or value is True:  # not given, or switched on
+    if value is None:  # not given
+        return as_flag(name)
+    if value is True:
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -500,8 +515,11 @@ def exit_with(reason, args, flags):
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # their numbers for the operating system
 
 
-def silence(number):
-    """Go on when nobody is there any more to read this output: printing would fail."""
+def send_to_devnull(number):
+    """Throw away what is printed from now on: nobody is there to read it, and printing would fail.
+
+    number: of the output, STANDARD_OUTPUT or STANDARD_ERROR.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
 
@@ -514,7 +532,7 @@ def say(line):
         tqdm.write(line)
         sys.stdout.flush()
     except BrokenPipeError:  # the other end of `| head` or `| tee` has gone
-        silence(STANDARD_OUTPUT)
+        send_to_devnull(STANDARD_OUTPUT)
 
 
 def load_tokenizer(name, **options):
@@ -832,7 +850,7 @@ def import_file(path):
     return module
 
 
-def load_reward_function(path, function_name):
+def load_function(path, function_name):
     """A function of a Python file. What the file itself raises keeps its traceback."""
     if not Path(path).is_file():
         raise BadInput(f"there is no file {path}", "reward")
@@ -899,11 +917,11 @@ class RewardModel:
         return logits.softmax(1)[:, -1]
 
 
-def load_reward(args, dtype, device):
+def load_reward_function(args, dtype, device):
     """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
     name, function_name = split_function(args.reward)
     if function_name is not None:
-        return load_reward_function(name, function_name)
+        return load_function(name, function_name)
     if name.endswith(".py"):
         raise BadInput("name the function too: FILE.py:FUNCTION", "reward")
     with blame("reward"):
@@ -951,11 +969,13 @@ def as_rewards(values, N, device):
     return rewards
 
 
-def score_responses(args, reward, tokenizer, rows, responses):
+def score_responses(args, reward_function, tokenizer, rows, responses):
     """Rewards (N,) of responses (N,T) to the prompts of N rows."""
     arguments = reward_arguments(tokenizer, rows, responses)
     with forbid_exit():
-        values = reward(**arguments)  # what a person's own function raises keeps its traceback
+        values = reward_function(
+            **arguments
+        )  # what a person's own function raises keeps its traceback
     with blame("reward"):
         rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
@@ -1173,11 +1193,10 @@ def read_checkpoint(args, flags, path):
         raise ValueError(f"{path} is no checkpoint of remax.py")
     for name, old in checkpoint["args"].items():
         new = flags.get(name)
-        if new == old or name in MAY_CHANGE:
-            continue
-        if name == "steps" and int(new) > int(old):  # a longer run
-            continue
-        raise ValueError(f"{as_flag(name)} is {new}, but the run was made with {old}")
+        is_longer_run = name == "steps" and int(new) > int(old)
+        may_differ = name in MAY_CHANGE or is_longer_run
+        if new != old and not may_differ:
+            raise ValueError(f"{as_flag(name)} is {new}, but the run was made with {old}")
     return checkpoint
 
 
@@ -1198,7 +1217,7 @@ def refuse_old_run(args, folder):
             f"{args.output_dir} holds a run: --resume continues it, "
             "another --output-dir starts a new one"
         )
-    if (folder / "metrics.jsonl").stat().st_size > 0:
+    if (folder / "metrics.jsonl").stat().st_size > 0:  # it is there: open_metrics() made it
         raise ValueError(
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
@@ -1220,12 +1239,15 @@ def save_checkpoint(path, checkpoint):
         unfinished.unlink(missing_ok=True)
 
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
 def stop_signals():
     """The signals that ask a run to stop: Ctrl-C, `kill` or a scheduler, a closed terminal."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP. nohup ignores it, and that stays so.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    # nohup ignores SIGHUP, and that stays so.
+    if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+        numbers.append(SIGHUP)
     return numbers
 
 
@@ -1272,8 +1294,8 @@ class StopRequest:
         self.signal_number = 0  # no signal yet
         signal.signal(signal.SIGINT, self.on_stop)
         signal.signal(signal.SIGTERM, self.on_stop)
-        if hasattr(signal, "SIGHUP") and signal.SIGHUP in stop_signals():
-            signal.signal(signal.SIGHUP, self.on_hangup)
+        if SIGHUP in stop_signals():
+            signal.signal(SIGHUP, self.on_hangup)
 
     def on_stop(self, number, frame):
         if self.signal_number != 0:
@@ -1284,9 +1306,9 @@ class StopRequest:
             os.write(STANDARD_ERROR, message)  # the signal may have come in the middle of a print()
 
     def on_hangup(self, number, frame):
-        """A terminal may send this one twice."""
-        silence(STANDARD_OUTPUT)
-        silence(STANDARD_ERROR)
+        """Print to the closed terminal no more, and stop. A terminal may send this one twice."""
+        send_to_devnull(STANDARD_OUTPUT)
+        send_to_devnull(STANDARD_ERROR)
         self.signal_number = number
 
     def end_now(self, number):
@@ -1341,34 +1363,42 @@ def batch_mean(values):
     return mean.item()
 
 
-def measured_step(policy, reference, optimizer, scaler, score, prompt, attention_mask, **settings):
-    """remax_step(), and what it leads to as numbers: means over the batch, and seconds.
-
-    Returns the figures of a row of metrics.jsonl, name -> number.
-    """
-    times = [time.perf_counter()]
-
-    def timed_score(responses):  # it is called once, between the rollout and the update
-        times.append(time.perf_counter())
-        rewards = score(responses)
-        times.append(time.perf_counter())
-        return rewards
-
-    results = remax_step(
-        policy, reference, optimizer, scaler, timed_score, prompt, attention_mask, **settings
-    )
-    figures = {name: batch_mean(values) for name, values in results.items()}
-    times.append(time.perf_counter())
-    start, rollout_end, score_end, end = times
-
-    # From nats a response to nats a token.
-    figures["entropy"] /= figures["tokens"]
-    figures["sampling_logp_difference"] /= figures["tokens"]
+def step_figures(result, eos_id):
+    """The figures of a StepResult as numbers: means over the batch of all processes."""
+    mask = result.mask  # (B,T)
+    difference = (result.logprobs - result.sampling_logprobs).abs() * mask  # (B,T)
+    tokens = batch_mean(mask.sum(1))
+    figures = {
+        "reward": batch_mean(result.reward),
+        "greedy_reward": batch_mean(result.greedy_reward),
+        "advantage": batch_mean(result.reward - result.baseline),
+        "zero_advantage": batch_mean(result.reward == result.baseline),
+        "kl": None,
+        "entropy": batch_mean(-result.logprobs.sum(1)) / tokens,  # in nats a token
+        "tokens": tokens,
+        "eos": batch_mean((result.response == eos_id).any(1)),
+        "sampling_logp_difference": batch_mean(difference.sum(1)) / tokens,  # in nats a token
+        "loss": batch_mean(result.loss),
+        "grad_norm": batch_mean(result.grad_norm),
+    }
+    if result.ref_logprobs is not None:
+        figures["kl"] = batch_mean((result.logprobs - result.ref_logprobs).sum(1))
     figures["skipped"] = 0.0 if math.isfinite(figures["grad_norm"]) else 1.0
-    figures["rollout_seconds"] = rollout_end - start
-    figures["score_seconds"] = score_end - rollout_end
-    figures["update_seconds"] = end - score_end
-    return {"kl": None} | figures  # None without a reference
+    return figures
+
+
+class Clock:
+    """The seconds of the parts of a step, by name."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.start = time.perf_counter()
+
+    def stop(self, name):
+        """A part ends now, and the next one begins."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self.start
+        self.start = now
 
 
 def seed_of_step(seed, step):
@@ -1383,7 +1413,8 @@ class Run:
         """Check and load everything, cheap things first."""
         self.args = args
         self.steps_done = 0
-        self.streaks = Counter()  # name of a problem -> the number of steps in a row that had it
+        self.steps_without_advantage = 0  # in a row, up to now
+        self.skipped_steps = 0  # in a row, up to now
 
         # The machine.
         self.rank, self.processes = 0, 1
@@ -1409,7 +1440,7 @@ class Run:
 
         # What takes time.
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
-        self.reward = load_reward(args, self.dtype, self.device)
+        self.reward_function = load_reward_function(args, self.dtype, self.device)
         self.load_models()
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -1481,8 +1512,8 @@ class Run:
         """Put reference and reward model on the policy's device."""
         if self.reference is not None:
             self.reference.to(self.device)
-        if isinstance(self.reward, RewardModel):
-            self.reward.model.to(self.device)
+        if isinstance(self.reward_function, RewardModel):
+            self.reward_function.model.to(self.device)
 
     def restore(self, checkpoint):
         """Load weights, optimizer, scaler and step from a checkpoint."""
@@ -1506,8 +1537,8 @@ class Run:
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
         is_chat = isinstance(self.training_rows[0].prompt, list)
-        is_model = isinstance(self.reward, RewardModel)
-        if is_chat and is_model and self.reward.tokenizer.chat_template is None:
+        is_model = isinstance(self.reward_function, RewardModel)
+        if is_chat and is_model and self.reward_function.tokenizer.chat_template is None:
             say("the reward model has no chat template: it reads the contents, line by line")
         if self.device.type == "mps":
             say("device mps: nobody has tested remax.py there")
@@ -1529,7 +1560,6 @@ class Run:
 
     def answer_rows(self, rows):
         """An Answer to each of B rows."""
-        B = len(rows)
         tokenizer = self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
         response, greedy_response, _ = rollout(
@@ -1541,10 +1571,13 @@ class Run:
             tokenizer.pad_token_id,
         )  # (B,T) each
         responses = torch.cat([response, greedy_response])  # (2B,T)
-        rewards = score_responses(self.args, self.reward, tokenizer, rows + rows, responses)
-        rewards = rewards.tolist()
-        texts = decode_responses(tokenizer, rows + rows, responses)
-        kl = [None] * B
+        rewards = score_responses(
+            self.args, self.reward_function, tokenizer, rows + rows, responses
+        )  # (2B,)
+        reward, greedy_reward = rewards.chunk(2)  # (B,) each
+        texts = decode_responses(tokenizer, rows, response)
+        greedy_texts = decode_responses(tokenizer, rows, greedy_response)
+        kl = [None] * len(rows)
         if self.reference is not None:
             kl = self.kl_to_reference(prompt, attention_mask, response).tolist()
 
@@ -1553,9 +1586,9 @@ class Run:
             answer = Answer(
                 prompt=row.prompt_text,
                 response=texts[i],
-                greedy_response=texts[B + i],
-                reward=rewards[i],
-                greedy_reward=rewards[B + i],
+                greedy_response=greedy_texts[i],
+                reward=reward[i].item(),
+                greedy_reward=greedy_reward[i].item(),
                 kl=kl[i],
             )
             answers.append(answer)
@@ -1615,14 +1648,21 @@ class Run:
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
 
-        def score(responses):  # the sampled ones, and the greedy ones to the same prompts
-            return score_responses(args, self.reward, self.tokenizer, rows + rows, responses)
-
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        figures = measured_step(
+        clock = Clock()
+
+        def score(responses):  # the sampled ones, and the greedy ones to the same prompts
+            clock.stop("rollout_seconds")
+            rewards = score_responses(
+                args, self.reward_function, self.tokenizer, rows + rows, responses
+            )
+            clock.stop("score_seconds")
+            return rewards
+
+        result = remax_step(
             self.policy,
             self.reference,
             self.optimizer,
@@ -1639,6 +1679,9 @@ class Run:
             max_grad_norm=args.max_grad_norm,
             dtype=self.dtype,
         )
+        figures = step_figures(result, self.tokenizer.eos_token_id)  # waits for the GPU
+        clock.stop("update_seconds")
+        figures |= clock.seconds
         figures["peak_memory_gb"] = peak_memory_gb(self.device)
         self.log({"step": step, "lr": self.learning_rate(step)} | figures)
         return figures
@@ -1678,25 +1721,24 @@ class Run:
             self.policy.save_pretrained(self.folder / "model")
             AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
-    def count_streak(self, problem, is_there):
-        """How many steps in a row, up to this one, had this problem."""
-        if is_there:
-            self.streaks[problem] += 1
-        else:
-            self.streaks[problem] = 0
-        return self.streaks[problem]
-
     def warn_of_no_advantage(self, figures):
         """Say once that nothing is learned: for 20 steps in a row every advantage was 0."""
-        if self.count_streak("no advantage", figures["zero_advantage"] == 1) == 20:
+        if figures["zero_advantage"] == 1:
+            self.steps_without_advantage += 1
+        else:
+            self.steps_without_advantage = 0
+        if self.steps_without_advantage == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
 
     def end_if_stuck(self, step, figures):
-        """End the run after five steps in a row that changed no weight."""
-        count = self.count_streak("no finite gradient", figures["skipped"] == 1)
-        if count == min(5, self.args.steps):
+        """Save and give up if five steps in a row, or all of a shorter run, changed no weight."""
+        if figures["skipped"] == 1:
+            self.skipped_steps += 1
+        else:
+            self.skipped_steps = 0
+        if self.skipped_steps == min(5, self.args.steps):
             self.save(step)
-            reason = f"no finite gradient in {count} steps; a checkpoint is saved"
+            reason = f"no finite gradient in {self.skipped_steps} steps; a checkpoint is saved"
             raise BadInput(reason, "lr", "precision", "kl_coef")
 
     def show(self, bar, step, figures):
@@ -1736,7 +1778,7 @@ class Run:
                 self.save(step)
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
-                sys.exit(128 + signal_number)
+                sys.exit(128 + signal_number)  # as shells report a signal
 
 
 def peak_memory_gb(device):
@@ -1941,7 +1983,8 @@ def join_torchrun():
 def run_to_the_end(args):
     """Load, train, and save the trained model."""
     run = Run(args)
-    run.train(StopRequest())
+    stop = StopRequest()  # from now on Ctrl-C ends the run after the step, and no longer at once
+    run.train(stop)
     if run.rank == 0:
         run.save_model()
         print_summary(run.folder / "metrics.jsonl")

@@ -234,14 +234,22 @@ def steps(policy, prompt, attention_mask, repeats):
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
 
+    clock = remax.Clock()
+
     @torch.no_grad()
     def score(responses):
+        clock.stop("rollout_seconds")
         # GPT-2's tokens are not DistilBERT's: cut to its vocabulary, they cost the same.
         ids = torch.cat([prompt.repeat(2, 1), responses], 1) % 30000  # (2B,P+T)
-        return classifier(ids).logits[:, -1].float()
+        rewards = classifier(ids).logits[:, -1].float()
+        torch.cuda.synchronize()
+        clock.stop("score_seconds")
+        return rewards
 
     def step(micro_batch_size, new_tokens=T):
-        return remax.measured_step(
+        nonlocal clock
+        clock = remax.Clock()
+        result = remax.remax_step(
             policy,
             reference,
             optimizer,
@@ -258,6 +266,9 @@ def steps(policy, prompt, attention_mask, repeats):
             max_grad_norm=1.0,
             dtype=DTYPE,
         )
+        figures = remax.step_figures(result, NO_EOS)  # waits for the GPU
+        clock.stop("update_seconds")
+        return figures | clock.seconds
 
     names = "rollout_seconds", "score_seconds", "update_seconds"
     for size in MICRO_BATCH_SIZES:

@@ -197,12 +197,6 @@ def modes(meter):
     return [FakeTensorMode(allow_non_fake_inputs=True), meter]
 
 
-def seconds_of(figures):
-    """The seconds by phase; on fake tensors they would mean nothing."""
-    names = "rollout_seconds", "score_seconds", "update_seconds"
-    return {name: figures[name] for name in names} if CUDA else {}
-
-
 class Critic:
     """What PPO trains beside the policy: a value for each token of the response."""
 
@@ -248,10 +242,13 @@ def step_peaks(model, flags):
 
     @torch.no_grad()
     def score(responses):
+        clock.stop("rollout_seconds")
         if PPO.get(flags):  # both gradients are alive at once
             critic.backward(B // micro_batch_size, micro_batch_size, P, T)
         with remax.on_device(classifier, DEVICE):
-            return classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
+            rewards = classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
+        clock.stop("score_seconds")
+        return rewards
 
     with contextlib.ExitStack() as stack:
         for mode in modes(meter):
@@ -271,7 +268,8 @@ def step_peaks(model, flags):
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
         for tokens in (1, T):  # the first step creates the optimizer's state
             meter.start()
-            figures = remax.measured_step(
+            clock = remax.Clock()
+            remax.remax_step(
                 policy,
                 reference,
                 optimizer,
@@ -288,13 +286,17 @@ def step_peaks(model, flags):
                 max_grad_norm=1.0,
                 dtype=DTYPE,
             )
+            if CUDA:
+                torch.cuda.synchronize()
+            clock.stop("update_seconds")
             if is_ppo:
                 if not PPO[flags]:
                     critic.backward(B // micro_batch_size, micro_batch_size, P, T)
                 critic.update()
             meter.phase("end")
     peaks_gb = {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}
-    return policy.num_parameters(), peaks_gb, seconds_of(figures)
+    seconds = clock.seconds if CUDA else {}  # on fake tensors they would mean nothing
+    return policy.num_parameters(), peaks_gb, seconds
 
 
 def main():

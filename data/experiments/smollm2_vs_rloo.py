@@ -72,7 +72,7 @@ def rloo_run(run, args):
         model=run.policy,
         processing_class=run.tokenizer,
         callbacks=[clock],
-        reward_funcs=run.reward,
+        reward_funcs=run.reward_function,
         train_dataset=Dataset.from_dict({"prompt": [row.prompt_text for row in run.training_rows]}),
         args=trl.RLOOConfig(
             output_dir=f"{run.folder}/rloo",

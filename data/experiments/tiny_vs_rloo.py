@@ -74,7 +74,7 @@ def rloo_curve(seed, lr, args, folder):
     policy, tokenizer = run.policy, run.tokenizer
 
     def reward(prompts, completions, **columns):
-        return run.reward(prompts, completions).tolist()
+        return run.reward_function(prompts, completions).tolist()
 
     def evaluate():
         training = policy.training

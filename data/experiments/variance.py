@@ -37,7 +37,7 @@ def estimates(run, policy, rows, n):
     """n gradients of each arm, greedy and none, flat: (2,n,D); mean reward, sampled and greedy."""
 
     def score(responses):
-        return remax.score_responses(run.args, run.reward, run.tokenizer, rows, responses)
+        return remax.score_responses(run.args, run.reward_function, run.tokenizer, rows, responses)
 
     eos_id, pad_id = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     prompt, attention_mask = remax.collate(run.tokenizer, rows, run.device)  # (B,P)
