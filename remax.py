@@ -587,6 +587,15 @@ def read_json(text):
     return rows
 
 
+def open_text(path):
+    """A text file, opened for reading. A .gz is unpacked."""
+    # utf-8-sig: a mark that some programs put in front is left out. newline: csv wants it so.
+    options = {"encoding": "utf-8-sig", "newline": ""}
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", **options)
+    return open(path, **options)
+
+
 def read_file(path):
     """The rows of a file: dicts that hold the values as they stand there.
 
@@ -600,11 +609,7 @@ def read_file(path):
         raise ValueError(f"{path} is empty")
     if suffix == ".parquet":
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    open_text = open
-    if path.name.lower().endswith(".gz"):
-        open_text = gzip.open
-    # utf-8-sig: a mark that some programs put in front is left out. newline: csv wants it so.
-    with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with open_text(path) as file:
         if suffix == ".txt":
             return [{"prompt": line.rstrip("\r\n")} for line in file]
         if suffix == ".csv":
@@ -672,7 +677,7 @@ def check_end_of_turn(tokenizer):
     content = "the content of a turn"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     text = render(tokenizer, turns)
-    _, _, after_content = text.rpartition(content)
+    after_content = text.split(content)[-1]  # what the template writes after an answer
     if not after_content.strip().startswith(tokenizer.eos_token):
         raise ValueError(
             f"the template ends a turn with {after_content!r}, and not with EOS "
@@ -728,7 +733,7 @@ def check_columns(columns, prompt_column):
         names = ", ".join(str(name) for name in columns)
         raise ValueError(f"there is no column {prompt_column}, only {names}")
     for name in columns:
-        if name in ("prompts", "completions") and name != prompt_column:
+        if name in ("prompts", "completions", "self") and name != prompt_column:
             raise ValueError(f"rename the column {name}: rewards get something else by this name")
 
 
@@ -767,28 +772,28 @@ def cut_ids(tokenizer, ids, length):
 
 
 def make_row(args, tokenizer, values, ids):
-    """A PromptRow, or None for a prompt that is empty, or a chat that is too long.
+    """A PromptRow. Too long a text is cut; a chat cannot be cut.
 
     values: a row of the dataset, column -> value. ids: the token ids of its prompt.
     """
-    limit = args.max_prompt_tokens
     prompt = values[args.prompt_column]
     is_chat = isinstance(prompt, list)
-    is_too_long = len(ids) > limit
-    if is_too_long and is_chat:
-        return None  # a text can be cut, a chat cannot
-    if is_too_long:
-        ids = cut_ids(tokenizer, ids, limit)
+    is_cut = len(ids) > args.max_prompt_tokens and not is_chat
+    if is_cut:
+        ids = cut_ids(tokenizer, ids, args.max_prompt_tokens)
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    if not text.strip():
-        return None
     return PromptRow(
         prompt_ids=ids,
         prompt_text=text,
-        is_cut=is_too_long,
+        is_cut=is_cut,
         prompt=prompt if is_chat else text,
         columns={name: values[name] for name in values if name != args.prompt_column},
     )
+
+
+def is_usable(args, row):
+    """Whether a PromptRow is neither empty nor a chat that is too long."""
+    return row.prompt_text.strip() != "" and len(row.prompt_ids) <= args.max_prompt_tokens
 
 
 def say_what_was_read(args, rows, held_out_count, dataset):
@@ -810,7 +815,7 @@ def load_prompts(args, tokenizer):
     rows = []
     for values, ids in zip(dataset, encoded, strict=True):
         row = make_row(args, tokenizer, values, ids)
-        if row is not None:
+        if is_usable(args, row):
             rows.append(row)
     random.Random(0).shuffle(rows)  # the same prompts are held out, whatever the seed
     held_out_count = min(128, math.ceil(len(rows) / 5))  # a fifth; 128 give a steady mean
@@ -879,7 +884,7 @@ class RewardModel:
         if "SequenceClassification" not in str(config.architectures):
             raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
-        if tokenizer.pad_token is None:  # any token will do, it is masked
+        if tokenizer.pad_token is None:  # rather not EOS, with which a text may end
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.tokenizer = tokenizer
         self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype)
@@ -905,7 +910,7 @@ class RewardModel:
         return self.tokenizer.apply_chat_template(conversations, return_dict=True, **options)
 
     @torch.no_grad()
-    def __call__(self, /, prompts, completions, **columns):  # a column may be called self
+    def __call__(self, prompts, completions, **columns):
         conversations = []  # texts are joined to a text, lists of messages to a list
         for prompt, completion in zip(prompts, completions, strict=True):
             conversations.append(prompt + completion)
@@ -1173,19 +1178,12 @@ def lock(file):
         raise ValueError(f"another run is writing {file.name}") from error
 
 
-def open_metrics(folder):
-    """metrics.jsonl, open for appending, by this run alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
-    lock(metrics)
-    return metrics
-
-
-def read_checkpoint(args, flags, path):
+def read_checkpoint(args, flags, folder):
     """The checkpoint that --resume goes on from. Raises ValueError if other flags made it.
 
     flags: this run's, as flags_to_compare() returns them.
     """
+    path = folder / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1217,11 +1215,21 @@ def refuse_old_run(args, folder):
             f"{args.output_dir} holds a run: --resume continues it, "
             "another --output-dir starts a new one"
         )
-    if (folder / "metrics.jsonl").stat().st_size > 0:  # it is there: open_metrics() made it
+    if (folder / "metrics.jsonl").stat().st_size > 0:
         raise ValueError(
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
         )
+
+
+def open_metrics(args, folder):
+    """metrics.jsonl, open for appending, in a folder that belongs to this run alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
+    lock(metrics)
+    if not args.resume:
+        refuse_old_run(args, folder)
+    return metrics
 
 
 def save_checkpoint(path, checkpoint):
@@ -1436,38 +1444,17 @@ class Run:
             check_policy(args)
             self.tokenizer = load_policy_tokenizer(args)
         self.folder = Path(args.output_dir).resolve()
-        checkpoint = self.open_folder()
-
-        # What takes time.
-        self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
-        self.reward_function = load_reward_function(args, self.dtype, self.device)
-        self.load_models()
-        if checkpoint is not None:
-            self.restore(checkpoint)
-        self.announce()
-        use_one_thread_if_small(self.policy)
-
-    def open_folder(self):
-        """Take the output folder for this run, and return the checkpoint to go on from, or None.
-
-        Under torchrun the first process alone writes.
-        """
-        args = self.args
-        checkpoint = None
+        self.metrics = None  # under torchrun the first process alone writes
+        checkpoint = None  # a new run has none to go on from
         with blame("output_dir"):
             if self.rank == 0:
-                self.metrics = open_metrics(self.folder)
-                if not args.resume:
-                    refuse_old_run(args, self.folder)
+                self.metrics = open_metrics(args, self.folder)
             if args.resume:
-                checkpoint = read_checkpoint(args, self.flags, self.folder / "checkpoint.pt")
-            if self.rank == 0:
-                (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
-        return checkpoint
+                checkpoint = read_checkpoint(args, self.flags, self.folder)
 
-    def load_models(self):
-        """Policy, reference, optimizer and scaler, on their devices and checked."""
-        args = self.args
+        # What takes time: prompts, reward, policy, reference, and the checkpoint's content.
+        self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
+        self.reward_function = load_reward_function(args, self.dtype, self.device)
         with blame("model", "gradient_checkpointing"):
             self.policy = load_policy(args)
             self.reference = load_reference(args, self.dtype)
@@ -1478,6 +1465,12 @@ class Run:
         self.check_cache()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
+        if checkpoint is not None:
+            self.restore(checkpoint)
+
+        use_one_thread_if_small(self.policy)
+        self.save_args()
+        self.announce()
 
     def check_token_ids(self):
         """Raise ValueError for a token that the policy has no embedding for."""
@@ -1525,6 +1518,12 @@ class Run:
             if self.rank == 0:
                 drop_later_rows(self.metrics, checkpoint["metrics_bytes"])
         self.steps_done = checkpoint["step"]
+
+    def save_args(self):
+        if self.rank > 0:
+            return
+        with blame("output_dir"):
+            (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
 
     def announce(self):
         """Say in one line what is trained, by what, and where it goes."""
