@@ -19,7 +19,7 @@ What PPO has and ReMax does not need:
   - a critic, its optimizer, and GAE with gamma and lambda: the greedy response
     is the baseline;
   - ratios of new to old probabilities, and their clipping: there is one update
-    per rollout, always on-policy;
+    per rollout, so the policy that learns is the policy that drew;
   - several epochs over one rollout, and advantages divided by their standard
     deviation.
 
@@ -96,12 +96,12 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     Raises ValueError for a model without a cache (RWKV, BERT): token by token, it would forget.
 
     Why not generate()? By default it samples from the 50 likeliest tokens (transformers#38549) and
-    obeys the checkpoint's generation_config (trl#5783). We need pi itself. And it cannot draw one
-    row and decode another one greedily, in the time of one.
+    obeys the checkpoint's generation_config (trl#5783). We need pi itself. And it cannot draw some
+    rows of a batch and decode the others greedily.
     """
     # Rows 0 to B-1 are for the sampled responses, rows B to 2B-1 for the greedy ones.
     next_input = torch.cat([prompt, prompt])  # (2B,P), and from then on the new tokens (2B,1)
-    full_mask = torch.cat([attention_mask, attention_mask])  # (2B,P), one column more a token
+    full_mask = torch.cat([attention_mask, attention_mask])  # (2B,P), one column more per token
     positions = position_ids(full_mask)  # (2B,P), those of next_input
     cache = None
     done = torch.zeros(len(next_input), 1, dtype=torch.bool, device=prompt.device)  # (2B,1)
@@ -121,12 +121,12 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
             raise ValueError(f"{name} keeps no cache, or transformers is older than 5.24")
 
         next_logits = output.logits[:, -1].float()  # (2B,V)
-        logits, greedy_logits = next_logits.chunk(2)  # (B,V) each
-        probabilities = logits.softmax(-1)  # (B,V): all of pi, no temperature, no top-k
-        sampled = torch.multinomial(probabilities, 1)  # (B,1): y_t
-        logprobs.append(logits.log_softmax(-1).gather(1, sampled))  # (B,1)
-        likeliest = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
-        new_tokens = torch.cat([sampled, likeliest])  # (2B,1)
+        sampled_logits, greedy_logits = next_logits.chunk(2)  # (B,V) each
+        all_logprobs = sampled_logits.log_softmax(-1)  # (B,V): all of pi, no temperature, no top-k
+        sampled = torch.multinomial(all_logprobs.exp(), 1)  # (B,1): y_t
+        logprobs.append(all_logprobs.gather(1, sampled))  # (B,1)
+        greedy = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
+        new_tokens = torch.cat([sampled, greedy])  # (2B,1)
 
         # A row that is done goes on with padding until all are done. Nobody uses what it computes.
         new_tokens = new_tokens.masked_fill(done, pad_id)  # (2B,1)
@@ -173,19 +173,19 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     """
     T = response.size(1)
     ids = torch.cat([prompt, response], 1)  # (B,P+T)
-    attention_mask = torch.cat([attention_mask, mask], 1)  # (B,P+T)
-    logits = model(
+    full_mask = torch.cat([attention_mask, mask], 1)  # (B,P+T)
+    output = model(
         ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
+        attention_mask=full_mask,
+        position_ids=position_ids(full_mask),
         use_cache=False,
         logits_to_keep=T + 1,  # these predict the T tokens of the response, and one after it
-    ).logits
+    )
     # Some models ignore logits_to_keep and return all (B,P+T,V): cut in any case.
-    logits = logits[:, -(T + 1) : -1]  # (B,T,V): column t predicts response token t
-    # In bfloat16 log_softmax would be off by 0.02 nats a token.
-    logprobs = logits.float().log_softmax(-1)  # (B,T,V)
-    logprobs = logprobs.gather(-1, response.unsqueeze(-1)).squeeze(-1)  # (B,T)
+    response_logits = output.logits[:, -(T + 1) : -1]  # (B,T,V): column t predicts token t
+    # In bfloat16 log_softmax would be off by 0.02 nats per token.
+    all_logprobs = response_logits.float().log_softmax(-1)  # (B,T,V)
+    logprobs = all_logprobs.gather(-1, response.unsqueeze(-1)).squeeze(-1)  # (B,T)
     return logprobs.masked_fill(mask == 0, 0.0)
 
 
@@ -217,9 +217,10 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # log-ratios of the tokens before t are fixed before y_t is drawn. So, like b, they leave the mean
 # unchanged, and are left out. r depends on the whole response, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
-    """The scalar whose gradient is the ReMax estimator (Algorithm 1).
+    """The scalar whose gradient is minus the ReMax estimator (Algorithm 1).
 
-    Each token pays for the KL of itself and of all later tokens: "full-step" in App. B.
+    Each token pays for the KL of itself and of all later tokens, which App. B calls "full-step".
+    (In its "one-step" a token pays for itself alone.)
     logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
     alone. With baseline 0 this is REINFORCE with the same KL penalty.
 
@@ -324,7 +325,8 @@ def remax_step(
     policy.train()
     batch_loss = torch.zeros((), device=device)
     logprobs = []
-    for part in torch.arange(B, device=device).split(micro_batch_size):  # (N,): numbers of rows
+    for start in range(0, B, micro_batch_size):
+        part = slice(start, start + micro_batch_size)  # N rows
         with computing_in(dtype, device):
             part_logprobs = token_logprobs(
                 policy, prompt[part], attention_mask[part], response[part], mask[part]
@@ -333,7 +335,7 @@ def remax_step(
             part_logprobs, ref_logprobs[part], mask[part], reward[part], baseline[part], kl_coef
         )
         # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
-        loss = loss * len(part) / B
+        loss = loss * len(part_logprobs) / B
         scaler.scale(loss).backward()
         batch_loss += loss.detach()
         logprobs.append(part_logprobs.detach())
@@ -373,9 +375,9 @@ def remax_step(
 def weights_as(model, dtype):
     """Inside the with block the model's weights are in dtype, afterwards they are as before.
 
-    Decoding reads all weights for every token: in 16 bits it reads half as many bytes. (Under
-    autocast it would read them in float32, and convert them for every token.) The optimizer knows
-    the parameters, not their data, and notices nothing.
+    Decoding reads all weights for every token: in 16 bits it reads half as many bytes. (Autocast
+    can keep 16-bit weights too. But with it many models keep a float32 cache, which is twice as
+    large.) The optimizer holds the parameters, and these stay the same objects.
     """
     own_weights = [parameter.data for parameter in model.parameters()]
     try:
@@ -412,7 +414,8 @@ def logprobs_without_gradient(model, prompt, attention_mask, response, mask, mic
     prompt, attention_mask: (B,P); response, mask: (B,T). Returns (B,T).
     """
     logprobs = []
-    for part in torch.arange(len(prompt), device=prompt.device).split(micro_batch_size):  # (N,)
+    for start in range(0, len(prompt), micro_batch_size):
+        part = slice(start, start + micro_batch_size)  # N rows
         part_logprobs = token_logprobs(
             model, prompt[part], attention_mask[part], response[part], mask[part]
         )  # (N,T)
@@ -455,15 +458,15 @@ class BadInput(Exception):
 
 @contextmanager
 def blame(*flags):
-    """Turn an error inside the with block into BadInput with these flags.
+    """Turn an error inside a with block, or inside a function with @blame, into BadInput.
 
-    For blocks that look at what a person gave: flags, files, folders, rewards. Elsewhere an error
-    is a mistake in this file, and keeps its traceback.
+    For code that looks at what a person gave by these flags: files, folders, rewards. Elsewhere an
+    error is a mistake in this file, and keeps its traceback.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise  # main() knows the remedies
+    except (BadInput, torch.OutOfMemoryError):
+        raise  # main() has an answer to these
     except (NameError, AttributeError):
         raise  # a mistake in this file after all
     except Exception as error:  # the libraries raise what they like for a wrong file or name
@@ -489,9 +492,7 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None:  # not given
-        return as_flag(name)
-    if value is True:
+    if value is None or value is True:  # not given, or switched on
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -544,6 +545,7 @@ def load_tokenizer(name, **options):
     return tokenizer
 
 
+@blame("model", "eos_token")
 def load_policy_tokenizer(args):
     """The policy's tokenizer, with an EOS and a padding token."""
     tokenizer = load_tokenizer(args.model)
@@ -638,10 +640,11 @@ def shortened(value):
 
 
 def check_chat(number, chat):
-    """Raise ValueError unless this row's chat is a list of {role, content}, its answer missing."""
+    """Raise ValueError unless the chat is a list of {role, content} that waits for an answer."""
     for message in chat:
-        is_message = isinstance(message, dict)
-        if not is_message or not isinstance(message.get("role"), str):
+        if not isinstance(message, dict):
+            raise ValueError(f"row {number} has a message without role: {shortened(message)}")
+        if not isinstance(message.get("role"), str):
             raise ValueError(f"row {number} has a message without role: {shortened(message)}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"row {number} has a message without a text: {shortened(message)}")
@@ -737,6 +740,7 @@ def check_columns(columns, prompt_column):
             raise ValueError(f"rename the column {name}: rewards get something else by this name")
 
 
+@blame("prompts", "prompt_column", "eos_token")
 def read_prompts(args, tokenizer):
     """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
     rows = read_dataset(args.prompts)
@@ -810,8 +814,7 @@ def say_what_was_read(args, rows, held_out_count, dataset):
 
 def load_prompts(args, tokenizer):
     """Return (training rows, held-out rows), both lists of PromptRows."""
-    with blame("prompts", "prompt_column", "eos_token"):
-        dataset, encoded = read_prompts(args, tokenizer)
+    dataset, encoded = read_prompts(args, tokenizer)
     rows = []
     for values, ids in zip(dataset, encoded, strict=True):
         row = make_row(args, tokenizer, values, ids)
@@ -923,7 +926,7 @@ class RewardModel:
 
 
 def load_reward_function(args, dtype, device):
-    """reward(prompts, completions, **columns) -> one number a completion: TRL's signature."""
+    """reward(prompts, completions, **columns) -> one number per completion: TRL's signature."""
     name, function_name = split_function(args.reward)
     if function_name is not None:
         return load_function(name, function_name)
@@ -936,12 +939,12 @@ def load_reward_function(args, dtype, device):
 def decode_responses(tokenizer, rows, responses):
     """The texts of responses (N,T) to the prompts of N rows.
 
-    "The plot was warm" without its prompt, "The plot", leaves the response " was warm".
+    Prompt and response are decoded together, and the prompt's text is cut off: "The plot was warm"
+    without "The plot" leaves " was warm". Llama's tokenizer would drop the first space of a
+    response that is decoded alone.
     """
     texts = []
     for row, ids in zip(rows, responses.tolist(), strict=True):
-        # With its prompt: on its own, a response loses its first space in Llama's tokenizer. The
-        # text of both begins with prompt_text, which was decoded in the same way.
         text = tokenizer.decode(row.prompt_ids + ids, skip_special_tokens=True)
         texts.append(text[len(row.prompt_text) :])
     return texts
@@ -962,6 +965,7 @@ def reward_arguments(tokenizer, rows, responses):
     return arguments
 
 
+@blame("reward")
 def as_rewards(values, N, device):
     """What a reward function returned, as a tensor (N,). Raises ValueError for anything else."""
     try:
@@ -977,12 +981,9 @@ def as_rewards(values, N, device):
 def score_responses(args, reward_function, tokenizer, rows, responses):
     """Rewards (N,) of responses (N,T) to the prompts of N rows."""
     arguments = reward_arguments(tokenizer, rows, responses)
-    with forbid_exit():
-        values = reward_function(
-            **arguments
-        )  # what a person's own function raises keeps its traceback
-    with blame("reward"):
-        rewards = as_rewards(values, len(rows), responses.device)  # (N,)
+    with forbid_exit():  # no blame(): what a person's own function raises keeps its traceback
+        values = reward_function(**arguments)
+    rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
     rewards = rewards - args.missing_eos_penalty * has_no_eos
     if not rewards.isfinite().all():
@@ -995,6 +996,7 @@ def score_responses(args, reward_function, tokenizer, rows, responses):
 # =================================================================================================
 
 
+@blame("device")
 def choose_device(name):
     """The device of a name such as cpu, cuda or cuda:1. torchrun's processes get a GPU each."""
     device = torch.device(name)
@@ -1059,8 +1061,8 @@ def turn_off_noise(config):
 
     That is every float with such a name, as attn_pdrop, hidden_dropout or router_jitter_noise.
 
-    With dropout two passes over one text disagree, and the KL is noise (trl#3500). It is not always
-    a module that could be switched off: some models call a function with this number.
+    With dropout two passes over one text disagree, and the KL is noise (trl#3500). eval() mode has
+    none, but gradient checkpointing needs train() mode.
     """
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
@@ -1069,6 +1071,7 @@ def turn_off_noise(config):
             setattr(config, name, 0.0)
 
 
+@blame("model", "max_prompt_tokens", "max_new_tokens")
 def check_policy(args):
     """Refuse a model that cannot be trained here, before its weights are loaded."""
     if Path(args.model, "adapter_config.json").exists():
@@ -1081,6 +1084,7 @@ def check_policy(args):
         raise ValueError(f"prompt and response do not fit into its {positions} positions")
 
 
+@blame("model", "gradient_checkpointing")
 def load_policy(args):
     """The model to train: float32 weights, no noise, gradient checkpointing if asked for."""
     config = AutoConfig.from_pretrained(args.model)
@@ -1092,6 +1096,7 @@ def load_policy(args):
     return policy
 
 
+@blame("model")
 def load_reference(args, dtype):
     """The frozen model that training starts from; None without KL."""
     if args.kl_coef == 0:
@@ -1154,6 +1159,7 @@ def fingerprint(path):
     return f"{Path(path).name} with the sha256 {digits[:16]}"
 
 
+@blame("prompts", "reward")
 def flags_to_compare(args, dtype):
     """The flags as texts, for --resume to compare: name -> text."""
     flags = {name: as_text(value) for name, value in vars(args).items()}
@@ -1178,6 +1184,7 @@ def lock(file):
         raise ValueError(f"another run is writing {file.name}") from error
 
 
+@blame("output_dir")
 def read_checkpoint(args, flags, folder):
     """The checkpoint that --resume goes on from. Raises ValueError if other flags made it.
 
@@ -1198,14 +1205,14 @@ def read_checkpoint(args, flags, folder):
     return checkpoint
 
 
-def drop_later_rows(metrics, size_then):
+def drop_later_rows(metrics_file, size_then):
     """Cut off the rows of steps that were taken after the checkpoint: they are taken again.
 
     size_then: the bytes of metrics.jsonl when the checkpoint was written.
     """
-    size_now = os.fstat(metrics.fileno()).st_size
+    size_now = os.fstat(metrics_file.fileno()).st_size
     # Not beyond its end: that would fill up a file that was cut by hand.
-    metrics.truncate(min(size_now, size_then))
+    metrics_file.truncate(min(size_now, size_then))
 
 
 def refuse_old_run(args, folder):
@@ -1222,14 +1229,15 @@ def refuse_old_run(args, folder):
         )
 
 
+@blame("output_dir")
 def open_metrics(args, folder):
     """metrics.jsonl, open for appending, in a folder that belongs to this run alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
-    lock(metrics)
+    file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
+    lock(file)
     if not args.resume:
         refuse_old_run(args, folder)
-    return metrics
+    return file
 
 
 def save_checkpoint(path, checkpoint):
@@ -1333,11 +1341,11 @@ class StopRequest:
         return number.item()
 
 
-def in_words(figures, prefix=""):
+def in_words(metrics, prefix=""):
     """reward, greedy reward and KL of a step or, with the prefix eval_, of an evaluation."""
-    reward = figures[f"{prefix}reward"]
-    greedy_reward = figures[f"{prefix}greedy_reward"]
-    kl = figures[f"{prefix}kl"]
+    reward = metrics[f"{prefix}reward"]
+    greedy_reward = metrics[f"{prefix}greedy_reward"]
+    kl = metrics[f"{prefix}kl"]
     words = f"reward {reward:.3f}, greedy {greedy_reward:.3f}"
     if kl is not None:
         words += f", KL {kl:.3g}"
@@ -1352,7 +1360,7 @@ class Answer(NamedTuple):
     greedy_response: str
     reward: float
     greedy_reward: float
-    kl: float | None  # nats a response; None without a reference
+    kl: float | None  # nats per response; None without a reference
 
 
 def sample_in_words(answer):
@@ -1371,38 +1379,42 @@ def batch_mean(values):
     return mean.item()
 
 
-def step_figures(result, eos_id):
-    """The figures of a StepResult as numbers: means over the batch of all processes."""
-    mask = result.mask  # (B,T)
-    difference = (result.logprobs - result.sampling_logprobs).abs() * mask  # (B,T)
-    tokens = batch_mean(mask.sum(1))
-    figures = {
+def step_metrics(result, eos_id):
+    """The metrics of a StepResult as numbers: means over the batch of all processes."""
+    kl = None
+    if result.ref_logprobs is not None:
+        log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
+        kl = batch_mean(log_ratio.sum(1))  # in nats per response
+    # These two are in nats per token: the mean sum of a response by its mean length.
+    tokens = batch_mean(result.mask.sum(1))
+    entropy = batch_mean(-result.logprobs.sum(1)) / tokens
+    difference = (result.logprobs - result.sampling_logprobs).abs() * result.mask  # (B,T)
+    sampling_logp_difference = batch_mean(difference.sum(1)) / tokens
+    grad_norm = batch_mean(result.grad_norm)
+    return {
         "reward": batch_mean(result.reward),
         "greedy_reward": batch_mean(result.greedy_reward),
         "advantage": batch_mean(result.reward - result.baseline),
         "zero_advantage": batch_mean(result.reward == result.baseline),
-        "kl": None,
-        "entropy": batch_mean(-result.logprobs.sum(1)) / tokens,  # in nats a token
+        "kl": kl,
+        "entropy": entropy,
         "tokens": tokens,
         "eos": batch_mean((result.response == eos_id).any(1)),
-        "sampling_logp_difference": batch_mean(difference.sum(1)) / tokens,  # in nats a token
+        "sampling_logp_difference": sampling_logp_difference,
         "loss": batch_mean(result.loss),
-        "grad_norm": batch_mean(result.grad_norm),
+        "grad_norm": grad_norm,
+        "skipped": 0.0 if math.isfinite(grad_norm) else 1.0,
     }
-    if result.ref_logprobs is not None:
-        figures["kl"] = batch_mean((result.logprobs - result.ref_logprobs).sum(1))
-    figures["skipped"] = 0.0 if math.isfinite(figures["grad_norm"]) else 1.0
-    return figures
 
 
-class Clock:
+class Stopwatch:
     """The seconds of the parts of a step, by name."""
 
     def __init__(self):
         self.seconds = {}
         self.start = time.perf_counter()
 
-    def stop(self, name):
+    def lap(self, name):
         """A part ends now, and the next one begins."""
         now = time.perf_counter()
         self.seconds[name] = now - self.start
@@ -1411,7 +1423,8 @@ class Clock:
 
 def seed_of_step(seed, step):
     """A number of 32 bits, another one for every seed and step."""
-    return random.Random(f"{seed}/{step}").getrandbits(32)
+    generator = random.Random(f"{seed}/{step}")  # a text may be a seed
+    return generator.getrandbits(32)
 
 
 class Run:
@@ -1431,34 +1444,29 @@ class Run:
         if args.batch_size % self.processes != 0:
             reason = f"the batch does not divide among {self.processes} processes"
             raise BadInput(reason, "batch_size")
-        with blame("device"):
-            self.device = choose_device(args.device)
+        self.device = choose_device(args.device)
         if self.device.type == "cuda":
             set_up_cuda(self.device)
         self.dtype = choose_dtype(args.precision, self.device)
 
-        # The flags, the policy without its weights, and the folder to write to.
-        with blame("prompts", "reward"):  # now: the files may change during the run
-            self.flags = flags_to_compare(args, self.dtype)
-        with blame("model", "eos_token", "max_prompt_tokens", "max_new_tokens"):
-            check_policy(args)
-            self.tokenizer = load_policy_tokenizer(args)
+        # What is quickly checked: flags, tokenizer and output folder.
+        self.flags = flags_to_compare(args, self.dtype)  # now: files may change during the run
+        check_policy(args)
+        self.tokenizer = load_policy_tokenizer(args)
         self.folder = Path(args.output_dir).resolve()
-        self.metrics = None  # under torchrun the first process alone writes
-        checkpoint = None  # a new run has none to go on from
-        with blame("output_dir"):
-            if self.rank == 0:
-                self.metrics = open_metrics(args, self.folder)
-            if args.resume:
-                checkpoint = read_checkpoint(args, self.flags, self.folder)
+        self.metrics_file = None
+        if self.rank == 0:  # under torchrun the first process alone writes
+            self.metrics_file = open_metrics(args, self.folder)
+        checkpoint = None
+        if args.resume:
+            checkpoint = read_checkpoint(args, self.flags, self.folder)
 
-        # What takes time: prompts, reward, policy, reference, and the checkpoint's content.
+        # What takes time: prompts, reward and models.
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward_function = load_reward_function(args, self.dtype, self.device)
-        with blame("model", "gradient_checkpointing"):
-            self.policy = load_policy(args)
-            self.reference = load_reference(args, self.dtype)
-            self.check_token_ids()
+        self.policy = load_policy(args)
+        self.reference = load_reference(args, self.dtype)
+        self.check_token_ids()
         self.policy.to(self.device)
         if not args.offload:  # otherwise they stay in CPU memory: see on_device()
             self.move_frozen_models()
@@ -1472,6 +1480,7 @@ class Run:
         self.save_args()
         self.announce()
 
+    @blame("model")
     def check_token_ids(self):
         """Raise ValueError for a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
@@ -1489,12 +1498,10 @@ class Run:
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.policy.eval()
-        try:
+        with blame("model"):  # for a model without a cache
             response, _, logprobs = rollout(
                 self.policy, prompt, attention_mask, 4, eos_id, pad_id
             )  # (B,4)
-        except ValueError as error:
-            raise BadInput(str(error), "model") from error
         mask = response_mask(response, eos_id)  # (B,4)
         with torch.no_grad():
             expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,4)
@@ -1508,21 +1515,20 @@ class Run:
         if isinstance(self.reward_function, RewardModel):
             self.reward_function.model.to(self.device)
 
+    @blame("output_dir", "model")
     def restore(self, checkpoint):
         """Load weights, optimizer, scaler and step from a checkpoint."""
-        with blame("output_dir", "model"):
-            self.policy.load_state_dict(checkpoint["policy"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            check_optimizer_state(self.optimizer)
-            if self.rank == 0:
-                drop_later_rows(self.metrics, checkpoint["metrics_bytes"])
+        self.policy.load_state_dict(checkpoint["policy"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        check_optimizer_state(self.optimizer)
+        if self.rank == 0:
+            drop_later_rows(self.metrics_file, checkpoint["metrics_bytes"])
         self.steps_done = checkpoint["step"]
 
+    @blame("output_dir")
     def save_args(self):
-        if self.rank > 0:
-            return
-        with blame("output_dir"):
+        if self.rank == 0:
             (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
 
     def announce(self):
@@ -1542,11 +1548,10 @@ class Run:
         if self.device.type == "mps":
             say("device mps: nobody has tested remax.py there")
 
+    @blame("output_dir")
     def log(self, row):
-        if self.rank > 0:
-            return
-        with blame("output_dir"):
-            self.metrics.write(json.dumps(row) + "\n")
+        if self.rank == 0:
+            self.metrics_file.write(json.dumps(row) + "\n")
 
     def kl_to_reference(self, prompt, attention_mask, response):
         """The estimate of the KL from each response in nats, (B,)."""
@@ -1595,7 +1600,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """Return (figures, samples): means over the held-out rows, and three of them in words."""
+        """Return (metrics, samples): means over the held-out rows, and three of them in words."""
         size = self.args.batch_size // self.processes  # as many at once as in training
         transformers.set_seed(0)  # the same noise every time
         self.policy.eval()
@@ -1604,22 +1609,22 @@ class Run:
             for start in range(0, len(self.held_out_rows), size):
                 answers += self.answer_rows(self.held_out_rows[start : start + size])
 
-        figures = {
+        metrics = {
             "eval_reward": statistics.fmean(answer.reward for answer in answers),
             "eval_greedy_reward": statistics.fmean(answer.greedy_reward for answer in answers),
             "eval_kl": None,
         }
         if self.reference is not None:
-            figures["eval_kl"] = statistics.fmean(answer.kl for answer in answers)
+            metrics["eval_kl"] = statistics.fmean(answer.kl for answer in answers)
         samples = [sample_in_words(answer) for answer in answers[:3]]
-        return figures, samples
+        return metrics, samples
 
     def evaluate_and_log(self, step):
         if self.rank > 0:
             return  # the other processes wait at the next all_reduce
-        figures, samples = self.evaluate()
-        self.log({"step": step} | figures)
-        say(f"step {step}: held-out {in_words(figures, 'eval_')}")
+        metrics, samples = self.evaluate()
+        self.log({"step": step} | metrics)
+        say(f"step {step}: held-out {in_words(metrics, 'eval_')}")
         for sample in samples:
             say(sample)
 
@@ -1642,23 +1647,24 @@ class Run:
         return batch[self.rank :: self.processes]
 
     def train_step(self, step):
-        """Draw prompts, take one step of the algorithm, log and return its figures."""
+        """Draw prompts, take one step of the algorithm, log and return its metrics."""
         args = self.args
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
 
+        lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = lr
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        clock = Clock()
+        stopwatch = Stopwatch()
 
         def score(responses):  # the sampled ones, and the greedy ones to the same prompts
-            clock.stop("rollout_seconds")
+            stopwatch.lap("rollout_seconds")
             rewards = score_responses(
                 args, self.reward_function, self.tokenizer, rows + rows, responses
             )
-            clock.stop("score_seconds")
+            stopwatch.lap("score_seconds")
             return rewards
 
         result = remax_step(
@@ -1678,74 +1684,75 @@ class Run:
             max_grad_norm=args.max_grad_norm,
             dtype=self.dtype,
         )
-        figures = step_figures(result, self.tokenizer.eos_token_id)  # waits for the GPU
-        clock.stop("update_seconds")
-        figures |= clock.seconds
-        figures["peak_memory_gb"] = peak_memory_gb(self.device)
-        self.log({"step": step, "lr": self.learning_rate(step)} | figures)
-        return figures
+        metrics = step_metrics(result, self.tokenizer.eos_token_id)  # waits for the GPU
+        stopwatch.lap("update_seconds")
+        metrics |= stopwatch.seconds
+        metrics["peak_memory_gb"] = peak_memory_gb(self.device)
+        self.log({"step": step, "lr": lr} | metrics)
+        return metrics
 
     def check_sampler(self, difference, dtype):
         """Refuse a model whose decoding with a cache is not what its full forward computes.
 
-        difference: mean |log-prob as drawn - log-prob as trained| in nats a token.
+        difference: mean |log-prob as drawn - log-prob as trained| in nats per token.
         """
         if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:
             reason = (
-                f"sampling_logp_difference is {difference:.2g} nats a token: the cached decoding "
+                f"sampling_logp_difference is {difference:.2g} nats per token: the cached decoding "
                 f"of {type(self.policy).__name__} is not what its full forward computes"
             )
             raise BadInput(reason, "model", "precision")
 
+    @blame("output_dir")
     def save(self, step):
         if self.rank > 0:
             return
+        os.fsync(self.metrics_file.fileno())  # or a power cut could lose rows that it counts
         checkpoint = {
             "step": step,
-            "metrics_bytes": self.metrics.tell(),
+            "metrics_bytes": os.fstat(self.metrics_file.fileno()).st_size,
             "args": self.flags,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        with blame("output_dir"):
-            os.fsync(self.metrics.fileno())  # or a power cut could lose rows that it counts
-            save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
+        save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
+    @blame("output_dir")
     def save_model(self):
         """Save the policy and its tokenizer. Only the weights differ from what was loaded."""
-        with blame("output_dir"):
-            # load_policy() has set dropout to 0. It is saved as it was.
-            self.policy.config = AutoConfig.from_pretrained(self.args.model)
-            self.policy.save_pretrained(self.folder / "model")
-            AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
+        # load_policy() has set dropout to 0. It is saved as it was.
+        self.policy.config = AutoConfig.from_pretrained(self.args.model)
+        self.policy.save_pretrained(self.folder / "model")
+        AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
 
-    def warn_of_no_advantage(self, figures):
+    def warn_of_no_advantage(self, metrics):
         """Say once that nothing is learned: for 20 steps in a row every advantage was 0."""
-        if figures["zero_advantage"] == 1:
+        if metrics["zero_advantage"] == 1:
             self.steps_without_advantage += 1
         else:
             self.steps_without_advantage = 0
         if self.steps_without_advantage == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
 
-    def end_if_stuck(self, step, figures):
+    def end_if_stuck(self, step, metrics):
         """Save and give up if five steps in a row, or all of a shorter run, changed no weight."""
-        if figures["skipped"] == 1:
+        if metrics["skipped"] == 1:
             self.skipped_steps += 1
         else:
             self.skipped_steps = 0
-        if self.skipped_steps == min(5, self.args.steps):
+        limit = min(5, self.args.steps)
+        if self.skipped_steps == limit:
             self.save(step)
             reason = f"no finite gradient in {self.skipped_steps} steps; a checkpoint is saved"
             raise BadInput(reason, "lr", "precision", "kl_coef")
 
-    def show(self, bar, step, figures):
-        """Write the step's figures in front of the bar or, where there is none, as a line."""
+    def show(self, bar, step, metrics):
+        """Write the step's metrics in front of the bar or, where there is none, as a line."""
         if bar.disable:  # standard output is not a terminal
-            say(f"step {step}: {in_words(figures)}")
+            say(f"step {step}: {in_words(metrics)}")
         else:
-            bar.set_description_str(in_words(figures), refresh=False)
+            bar.set_description_str(in_words(metrics), refresh=False)
 
     def train(self, stop):
         """Take the steps that are left, with the evaluations and checkpoints that are due."""
@@ -1761,12 +1768,12 @@ class Run:
             disable=self.rank > 0 or not sys.stdout.isatty(),
         )
         for step in bar:
-            figures = self.train_step(step)
+            metrics = self.train_step(step)
             if step == first_step:
-                self.check_sampler(figures["sampling_logp_difference"], self.dtype)
-            self.show(bar, step, figures)
-            self.warn_of_no_advantage(figures)
-            self.end_if_stuck(step, figures)
+                self.check_sampler(metrics["sampling_logp_difference"], self.dtype)
+            self.show(bar, step, metrics)
+            self.warn_of_no_advantage(metrics)
+            self.end_if_stuck(step, metrics)
 
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
@@ -1918,8 +1925,8 @@ def make_parser():
     run.add_argument("--eval-every", default=50, type=positive_int,
         help="steps between evaluations on held-out prompts")
     run.add_argument("--save-every", default=100, type=positive_int,
-        help="steps between checkpoints; one takes about 12 bytes a parameter with adamw, and the "
-             "old one stays until the new one is written; the last step and Ctrl-C save too")
+        help="steps between checkpoints; one takes about 12 bytes per parameter with adamw, and "
+             "the old one stays until the new one is written; the last step and Ctrl-C save too")
     run.add_argument("--resume", action="store_true",
         help="continue the run in --output-dir: give the same command, with larger --steps if "
              "you like")

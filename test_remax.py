@@ -351,7 +351,7 @@ def mean_token(responses):
 def step(
     policy, reference=None, reward=mean_token, B=4, lr=1.0, device="cpu", scaler=None, **kwargs
 ):
-    """The figures of a step of plain SGD: without clipping, old weights minus new ones is the
+    """The metrics of a step of plain SGD: without clipping, old weights minus new ones is the
     gradient."""
     torch.manual_seed(5)
     options = {
@@ -372,7 +372,7 @@ def step(
     result = remax.remax_step(
         policy, reference, optimizer, scaler, reward, prompt, attention_mask, **options
     )
-    return remax.step_figures(result, EOS)
+    return remax.step_metrics(result, EOS)
 
 
 @contextlib.contextmanager
@@ -675,8 +675,8 @@ def test_a_constant_added_to_the_reward_changes_no_gradient():
         def reward(responses, constant=constant):
             return mean_token(responses) + constant
 
-        figures = step(policy, make("gpt2", seed=1), reward, greedy_baseline=greedy)
-        gradients[greedy, constant] = before - weights(policy), figures["kl"]
+        metrics = step(policy, make("gpt2", seed=1), reward, greedy_baseline=greedy)
+        gradients[greedy, constant] = before - weights(policy), metrics["kl"]
     assert error(gradients[True, 5.0][0], gradients[True, 0.0][0]) < 1e-4
     assert gradients[True, 5.0][1] == gradients[True, 0.0][1]
     assert error(gradients[False, 5.0][0], gradients[False, 0.0][0]) > 0.1
@@ -870,9 +870,9 @@ def test_micro_batch_size_does_not_change_the_gradient(size):
     for micro_batch_size in (8, size):
         policy, reference = make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1)
         before = weights(policy)
-        figures = step(policy, reference, B=8, micro_batch_size=micro_batch_size)
+        metrics = step(policy, reference, B=8, micro_batch_size=micro_batch_size)
         gradients.append(before - weights(policy))
-    assert figures["tokens"] < 7
+    assert metrics["tokens"] < 7
     assert error(*gradients) < 1e-5
 
 
@@ -903,7 +903,7 @@ def test_the_update_is_the_gradient_of_remax_loss_on_the_whole_batch(step_by_han
 
 def test_the_figures_are_what_they_say(step_by_hand):
     hand = step_by_hand
-    figures = step(make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1), B=8)
+    metrics = step(make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1), B=8)
     mask, logprobs = hand["mask"], hand["logprobs"].detach()
     expected = {
         "reward": hand["reward"].mean(),
@@ -917,7 +917,7 @@ def test_the_figures_are_what_they_say(step_by_hand):
         "grad_norm": flat_grad(hand["policy"]).norm(),
     }
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
 def test_sampling_logp_difference_is_zero_for_a_true_sampler_and_shows_a_wrong_one(monkeypatch):
@@ -954,10 +954,10 @@ def test_equal_rewards_give_no_gradient_and_are_counted():
     def one(responses):
         return torch.ones(len(responses))
 
-    figures = step(policy, reward=one)
+    metrics = step(policy, reward=one)
     assert torch.equal(before, weights(policy))
-    assert figures["zero_advantage"] == 1
-    assert figures["advantage"] == 0
+    assert metrics["zero_advantage"] == 1
+    assert metrics["advantage"] == 0
 
 
 def test_baseline_comes_from_the_greedy_rows_of_one_call():
@@ -967,32 +967,32 @@ def test_baseline_comes_from_the_greedy_rows_of_one_call():
         calls.append(responses)
         return torch.arange(len(responses)).float()
 
-    figures = step(make("gpt2"), reward=reward)
+    metrics = step(make("gpt2"), reward=reward)
     policy = make("gpt2")
     torch.manual_seed(5)
     response, greedy, _ = remax.rollout(policy, *prompts(), 7, EOS, PAD)
     assert len(calls) == 1
     assert torch.equal(calls[0], torch.cat([response, greedy]))
-    assert figures["reward"] == 1.5
-    assert figures["greedy_reward"] == 5.5
-    assert figures["advantage"] == -4
+    assert metrics["reward"] == 1.5
+    assert metrics["greedy_reward"] == 5.5
+    assert metrics["advantage"] == -4
 
 
 def test_without_the_greedy_baseline_it_is_zero_and_the_greedy_reward_is_logged_all_the_same():
     def reward(responses):
         return torch.arange(len(responses)).float()
 
-    figures = step(make("gpt2"), reward=reward, greedy_baseline=False)
-    assert figures["greedy_reward"] == 5.5
-    assert figures["advantage"] == figures["reward"] == 1.5
+    metrics = step(make("gpt2"), reward=reward, greedy_baseline=False)
+    assert metrics["greedy_reward"] == 5.5
+    assert metrics["advantage"] == metrics["reward"] == 1.5
 
 
 def test_checkpointing_changes_no_update():
     results = []
     for policy in make("gpt2"), checkpointing(make("gpt2")):
         step(policy, make("gpt2", seed=1))  # it leaves the policy in train() mode
-        figures = step(policy, make("gpt2", seed=1))
-        results.append((figures["reward"], weights(policy)))
+        metrics = step(policy, make("gpt2", seed=1))
+        results.append((metrics["reward"], weights(policy)))
     assert results[0][0] == results[1][0]
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
@@ -1110,29 +1110,29 @@ cuda = pytest.mark.usefixtures("gpu")
 
 
 def gpu_step(dtype, policy=None, scale=1024.0):
-    """The figures of a step on the GPU, and the change of the weights."""
+    """The metrics of a step on the GPU, and the change of the weights."""
     policy = (policy or make("gpt2")).cuda()
     scaler = torch.amp.GradScaler("cuda", scale, enabled=dtype == torch.float16)
     before = weights(policy)
     reference = make("gpt2").cuda().to(dtype)
-    figures = step(policy, reference, lr=1e-2, device="cuda", scaler=scaler, dtype=dtype)
-    return figures, weights(policy) - before
+    metrics = step(policy, reference, lr=1e-2, device="cuda", scaler=scaler, dtype=dtype)
+    return metrics, weights(policy) - before
 
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_step_in_every_precision(dtype):
-    figures, change = gpu_step(dtype)
+    metrics, change = gpu_step(dtype)
     assert change.abs().max() > 0
-    assert figures["skipped"] == 0
-    assert abs(figures["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
+    assert metrics["skipped"] == 0
+    assert abs(metrics["kl"]) < (1e-4 if dtype == torch.float32 else 0.3)
 
 
 @cuda
 def test_cuda_fp16_overflow_skips_the_step_and_counts_it():
-    figures, change = gpu_step(torch.float16, scale=2.0**60)
+    metrics, change = gpu_step(torch.float16, scale=2.0**60)
     assert change.abs().max() == 0
-    assert figures["skipped"] == 1
+    assert metrics["skipped"] == 1
 
 
 @cuda
@@ -2163,7 +2163,7 @@ def test_texts_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
 
 def test_an_eos_that_the_vocabulary_spells_otherwise_is_refused():
     """A newline is one token of the tiny world, but its lookup gives the unknown token."""
-    with pytest.raises(ValueError, match="not one token"):
+    with pytest.raises(remax.BadInput, match="not one token"):
         remax.load_policy_tokenizer(tiny_args("--eos-token", "\n"))
     assert remax.load_policy_tokenizer(tiny_args("--eos-token", ".")).eos_token_id == 14
 
@@ -2622,8 +2622,8 @@ def one_step(folder, rank, processes):
         max_grad_norm=0.1,
         dtype=torch.float32,
     )
-    figures = remax.step_figures(result, EOS)
-    torch.save((policy.state_dict(), figures), folder / f"{rank}-of-{processes}.pt")
+    metrics = remax.step_metrics(result, EOS)
+    torch.save((policy.state_dict(), metrics), folder / f"{rank}-of-{processes}.pt")
 
 
 RECORD = """
@@ -2699,15 +2699,15 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         process.join(timeout=120)
         assert process.exitcode == 0
 
-    weights, figures = torch.load(tmp_path / "0-of-1.pt")
+    weights, metrics = torch.load(tmp_path / "0-of-1.pt")
     first_weights, first_figures = torch.load(tmp_path / "0-of-2.pt")
     second_weights, second_figures = torch.load(tmp_path / "1-of-2.pt")
-    assert figures["grad_norm"] > 0.1  # it was clipped
+    assert metrics["grad_norm"] > 0.1  # it was clipped
     for name, before in policy.state_dict().items():
         assert torch.equal(first_weights[name], second_weights[name])
         update = weights[name] - before
         assert (first_weights[name] - weights[name]).norm() < 1e-3 * update.norm()
-    for name, figure in figures.items():
+    for name, figure in metrics.items():
         if figure is not None:
             assert first_figures[name] == second_figures[name]
             assert first_figures[name] == pytest.approx(figure, rel=1e-3, abs=1e-5), name
@@ -2776,7 +2776,7 @@ def test_a_batch_that_does_not_divide_is_refused(small, tmp_path, capsys, monkey
 # =================================================================================================
 
 SABOTAGE = [  # what is broken, the line, its broken form, the test that must notice
-    ("position_ids dropped", "        position_ids=position_ids(attention_mask),\n", "",
+    ("position_ids dropped", "        position_ids=position_ids(full_mask),\n", "",
      "padding_changes"),
     ("positions dropped while decoding", "            position_ids=positions,\n", "",
      "rollout_is_the_policy"),
@@ -2800,19 +2800,22 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logprobs - ref_logprobs)", "no_gradient"),
     ("token mean", "(logprobs * token_advantage * mask).sum(1).mean()",
      "(logprobs * token_advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "loss = loss * len(part) / B",
+    ("per-micro-batch mean", "loss = loss * len(part_logprobs) / B",
      "loss = loss * micro_batch_size / B", "micro_batch_size"),
-    ("top_k left at its default", "probabilities = logits.softmax(-1)",
-     "probabilities = logits.masked_fill(logits < logits.topk(50).values[:, -1:], -99).softmax(-1)",
+    ("top_k left at its default", "all_logprobs = sampled_logits.log_softmax(-1)",
+     "all_logprobs = sampled_logits.masked_fill("
+     "sampled_logits < sampled_logits.topk(50).values[:, -1:], -99).log_softmax(-1)",
      "full_softmax"),
-    ("checkpoint's generation_config kept", "probabilities = logits.softmax(-1)",
-     "probabilities = (logits / (policy.generation_config.temperature or 1)).softmax(-1)",
+    ("checkpoint's generation_config kept", "all_logprobs = sampled_logits.log_softmax(-1)",
+     "all_logprobs = (sampled_logits / (policy.generation_config.temperature or 1))"
+     ".log_softmax(-1)",
      "poisoned"),
     ("dropout left on", "setattr(config, name, 0.0)", "pass", "no_noise"),
     ("jitter left on", ' or "jitter" in name', "", "no_noise"),
-    ("log-softmax in bf16", "logprobs = logits.float().log_softmax(-1)",
-     "logprobs = logits.log_softmax(-1)", "taken_in_float32"),
-    ("off by one in the logits", "logits[:, -(T + 1) : -1]", "logits[:, -T:]", "column_t"),
+    ("log-softmax in bf16", "response_logits.float().log_softmax(-1)",
+     "response_logits.log_softmax(-1)", "taken_in_float32"),
+    ("off by one in the logits", "output.logits[:, -(T + 1) : -1]",
+     "output.logits[:, -T:]", "column_t"),
     ("generation in train mode with checkpointing",
      "    policy.eval()\n    with weights_as(policy, dtype):",
      "    with weights_as(policy, dtype):",
@@ -2822,7 +2825,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("greedy rows drawn too", "greedy_logits.argmax(-1, keepdim=True)",
      "torch.multinomial(greedy_logits.softmax(-1), 1)", "generate"),
     ("sampler's log-probs of another token", ".gather(1, sampled)",
-     ".gather(1, probabilities.argmax(1, keepdim=True))", "rollout_is_the_policy"),
+     ".gather(1, all_logprobs.argmax(1, keepdim=True))", "rollout_is_the_policy"),
     ("no cache, no refusal", "        if cache is None:\n", "        if False:\n",
      "keeps_no_cache"),
     ("reward scored on prompt + response twice", "text[len(row.prompt_text) :]", "text",
@@ -2846,7 +2849,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("resume that restarts the learning rate", "progress = (step - 1) / self.args.steps",
      "progress = (step - 1 - self.steps_done) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
-     "metrics.truncate(min(size_now, size_then))", "pass", "cut_off"),
+     "metrics_file.truncate(min(size_now, size_then))", "pass", "cut_off"),
     ("resume with other mathematics", "if new != old and not may_differ:", "if False:",
      "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
@@ -2869,9 +2872,9 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "stop_signal"),
     ("penalty for sampled rows alone", "args.missing_eos_penalty * has_no_eos",
      "args.missing_eos_penalty * has_no_eos * (torch.arange(len(rows)) < 2)", "penalty"),
-    ("bugs answered like mistakes", "            figures = self.train_step(step)\n",
+    ("bugs answered like mistakes", "            metrics = self.train_step(step)\n",
      '            with blame("lr"):\n'
-     "                figures = self.train_step(step)\n",
+     "                metrics = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
      "        transformers.set_seed(step_seed)  # of random, numpy and torch: a reward may use any "
@@ -2894,8 +2897,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "living_run"),
     ("changed prompts file", "hashlib.sha256(Path(path).read_bytes())", "hashlib.sha256()",
      "changed_file"),
-    ("tokens averaged over the wrong axis", 'batch_mean(mask.sum(1))',
-     'batch_mean(mask.sum(0))', "figures_are"),
+    ("tokens averaged over the wrong axis", 'batch_mean(result.mask.sum(1))',
+     'batch_mean(result.mask.sum(0))', "figures_are"),
     ("logged loss scaled wrongly", 'loss=batch_loss,', 'loss=batch_loss / B,', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
@@ -2911,7 +2914,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("sampler not checked before the run",
      "self.check_sampler(difference.item(), torch.float32)", "pass", "cache_is_wrong"),
     ("sampler not checked in the first step",
-     'self.check_sampler(figures["sampling_logp_difference"], self.dtype)', "pass",
+     'self.check_sampler(metrics["sampling_logp_difference"], self.dtype)', "pass",
      "wrong_sampler"),
     ("gradients not averaged", "        average_over_processes(parameter.grad)\n",
      "        pass\n",
@@ -3083,7 +3086,7 @@ def test_the_tables_of_the_readme_are_the_logs():
     for row in made:
         assert row in README + DATA_README, row
     for row in numbers_in_tables(results + DATA_README):  # and there is no other, older one
-        assert row in made or row.startswith(("| before", "| after training")), row
+        assert row in made or row.startswith(("| before", "| after training", "| on an")), row
 
 
 def ends_of(values):
@@ -3136,13 +3139,11 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"It needs {measured['gpt2-large', 'default']:.1f} GB of GPU memory",
         f"figures are up to {lower:.0%} lower",
         f"below {math.ceil(difference * 100) / 100} nats",
-        f"took {seconds['ReMax']:.1f} seconds on that H200. TRL's RLOO took {seconds['RLOO']:.1f} "
-        f"seconds for the same work, and GRPO {seconds['GRPO']:.1f}",
-        f"On another H200, RLOO and GRPO took {before_that['RLOO']:.1f} and "
-        f"{before_that['GRPO']:.1f} seconds, and ReMax {before_that['ReMax']:.1f}",
+        "| on an H200 | {ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |".format(**before_that),
+        "| on another H200 | {ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |".format(**seconds),
         f"A step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
         f"{median_seconds('rloo'):.1f}",
-        f"{min(longer):.1f} to {max(longer):.1f} times as long as ReMax's",
+        f"{min(longer):.1f} to {max(longer):.1f} times as long, depending on",
         f"kernels took {profile['kernel_seconds']:.2f} of {profile['wall_seconds']:.2f} seconds",
         f"`rollout` took {decoding[0]:.1f} seconds, with a static cache {decoding[2]:.1f}, and "
         f"with each token captured as a CUDA graph {decoding[3]:.1f}",
@@ -3209,6 +3210,14 @@ def test_the_console_of_the_readme_is_that_of_the_run():
     shown = re.findall(r"^    ((?:640 prompts|step \d+: held|eval_|\w+_seconds ).*)$", README, re.M)
     assert len(shown) == 9
     assert all(line in console for line in shown)
+
+
+def test_the_rewards_of_the_three_samples_are_those_of_the_run():
+    console = (DATA / "results/tiny/remax-0.txt").read_text()
+    samples = re.findall(r"> (.*)\n +sampled +(\S+) .*\n +greedy +(\S+) ", console)[:3]
+    for prompt, reward, baseline in samples:
+        difference = float(reward) - float(baseline)
+        assert f"| {prompt} | {reward} | {baseline} | {difference:.3f} |" in README
 
 
 def test_the_readme_names_every_column():

@@ -234,21 +234,21 @@ def steps(policy, prompt, attention_mask, repeats):
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
 
-    clock = remax.Clock()
+    stopwatch = remax.Stopwatch()
 
     @torch.no_grad()
     def score(responses):
-        clock.stop("rollout_seconds")
+        stopwatch.lap("rollout_seconds")
         # GPT-2's tokens are not DistilBERT's: cut to its vocabulary, they cost the same.
         ids = torch.cat([prompt.repeat(2, 1), responses], 1) % 30000  # (2B,P+T)
         rewards = classifier(ids).logits[:, -1].float()
         torch.cuda.synchronize()
-        clock.stop("score_seconds")
+        stopwatch.lap("score_seconds")
         return rewards
 
     def step(micro_batch_size, new_tokens=T):
-        nonlocal clock
-        clock = remax.Clock()
+        nonlocal stopwatch
+        stopwatch = remax.Stopwatch()
         result = remax.remax_step(
             policy,
             reference,
@@ -266,20 +266,20 @@ def steps(policy, prompt, attention_mask, repeats):
             max_grad_norm=1.0,
             dtype=DTYPE,
         )
-        figures = remax.step_figures(result, NO_EOS)  # waits for the GPU
-        clock.stop("update_seconds")
-        return figures | clock.seconds
+        metrics = remax.step_metrics(result, NO_EOS)  # waits for the GPU
+        stopwatch.lap("update_seconds")
+        return metrics | stopwatch.seconds
 
     names = "rollout_seconds", "score_seconds", "update_seconds"
     for size in MICRO_BATCH_SIZES:
         step(size)  # the first one creates the optimizer's state
         torch.cuda.reset_peak_memory_stats()
-        figures = [step(size) for _ in range(repeats)]
+        measured = [step(size) for _ in range(repeats)]
         row = {"what": f"remax_step, --micro-batch-size {size}"}
         for name in names:
-            row[name] = statistics.median(step_figures[name] for step_figures in figures)
-        row["sampling_logp_difference"] = figures[0]["sampling_logp_difference"]
-        row["skipped"] = sum(step_figures["skipped"] for step_figures in figures)
+            row[name] = statistics.median(metrics[name] for metrics in measured)
+        row["sampling_logp_difference"] = measured[0]["sampling_logp_difference"]
+        row["skipped"] = sum(metrics["skipped"] for metrics in measured)
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         yield row
     what = f"profile of remax_step with {PROFILED_TOKENS} new tokens"

@@ -242,12 +242,12 @@ def step_peaks(model, flags):
 
     @torch.no_grad()
     def score(responses):
-        clock.stop("rollout_seconds")
+        stopwatch.lap("rollout_seconds")
         if PPO.get(flags):  # both gradients are alive at once
             critic.backward(B // micro_batch_size, micro_batch_size, P, T)
         with remax.on_device(classifier, DEVICE):
             rewards = classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
-        clock.stop("score_seconds")
+        stopwatch.lap("score_seconds")
         return rewards
 
     with contextlib.ExitStack() as stack:
@@ -268,7 +268,7 @@ def step_peaks(model, flags):
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
         for tokens in (1, T):  # the first step creates the optimizer's state
             meter.start()
-            clock = remax.Clock()
+            stopwatch = remax.Stopwatch()
             remax.remax_step(
                 policy,
                 reference,
@@ -288,14 +288,14 @@ def step_peaks(model, flags):
             )
             if CUDA:
                 torch.cuda.synchronize()
-            clock.stop("update_seconds")
+            stopwatch.lap("update_seconds")
             if is_ppo:
                 if not PPO[flags]:
                     critic.backward(B // micro_batch_size, micro_batch_size, P, T)
                 critic.update()
             meter.phase("end")
     peaks_gb = {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}
-    seconds = clock.seconds if CUDA else {}  # on fake tensors they would mean nothing
+    seconds = stopwatch.seconds if CUDA else {}  # on fake tensors they would mean nothing
     return policy.num_parameters(), peaks_gb, seconds
 
 

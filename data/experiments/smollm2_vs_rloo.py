@@ -37,8 +37,8 @@ def remax_run(run, args):
     seconds, evaluations = [], []
     names = "rollout_seconds", "score_seconds", "update_seconds"
     for step in range(1, args.steps + 1):
-        figures = run.train_step(step)
-        seconds.append(sum(figures[name] for name in names))
+        metrics = run.train_step(step)
+        seconds.append(sum(metrics[name] for name in names))
         if step % args.every == 0:
             evaluations.append({"step": step} | run.evaluate()[0])
     return seconds, evaluations
@@ -59,9 +59,9 @@ class Clock(TrainerCallback):
         if state.global_step % self.every == 0:
             training = self.run.policy.training
             with torch.random.fork_rng():  # RLOO's own noise is left alone
-                figures, _ = self.run.evaluate()
+                metrics, _ = self.run.evaluate()
             self.run.policy.train(training)
-            self.evaluations.append({"step": state.global_step} | figures)
+            self.evaluations.append({"step": state.global_step} | metrics)
 
 
 def rloo_run(run, args):

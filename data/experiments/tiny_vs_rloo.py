@@ -79,9 +79,9 @@ def rloo_curve(seed, lr, args, folder):
     def evaluate():
         training = policy.training
         with torch.random.fork_rng():  # RLOO's own noise is left alone
-            figures, _ = run.evaluate()
+            metrics, _ = run.evaluate()
         policy.train(training)
-        return figures["eval_reward"]
+        return metrics["eval_reward"]
 
     clock = Clock(evaluate, args.every)
     trl.RLOOTrainer(
