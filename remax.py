@@ -673,7 +673,7 @@ def render(tokenizer, chat, **options):
 
 
 def check_end_of_turn(tokenizer):
-    """Raise ValueError if the template ends no turn with EOS: responses would run on and on.
+    """Raise BadInput if the template ends no turn with EOS: responses would run on and on.
 
     SmolLM2's template ends a turn with "<|im_end|>" and a newline, and its EOS is <|im_end|>.
     """
@@ -682,10 +682,11 @@ def check_end_of_turn(tokenizer):
     text = render(tokenizer, turns)
     after_content = text.split(content)[-1]  # what the template writes after an answer
     if not after_content.strip().startswith(tokenizer.eos_token):
-        raise ValueError(
+        reason = (
             f"the template ends a turn with {after_content!r}, and not with EOS "
             f"{tokenizer.eos_token!r}: name the token that ends a turn by --eos-token"
         )
+        raise BadInput(reason, "model", "eos_token")
 
 
 def encode_texts(tokenizer, texts):
@@ -699,6 +700,9 @@ def encode_texts(tokenizer, texts):
 
 def encode_chats(tokenizer, chats):
     """The token ids of each chat, through the template, up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        reason = "the prompts are chats, but the policy's tokenizer has no chat template"
+        raise BadInput(reason, "model", "prompts")
     check_end_of_turn(tokenizer)
     encoded = []
     for chat in chats:
@@ -740,7 +744,7 @@ def check_columns(columns, prompt_column):
             raise ValueError(f"rename the column {name}: rewards get something else by this name")
 
 
-@blame("prompts", "prompt_column", "eos_token")
+@blame("prompts", "prompt_column")
 def read_prompts(args, tokenizer):
     """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
     rows = read_dataset(args.prompts)
@@ -1071,7 +1075,7 @@ def turn_off_noise(config):
             setattr(config, name, 0.0)
 
 
-@blame("model", "max_prompt_tokens", "max_new_tokens")
+@blame("model")
 def check_policy(args):
     """Refuse a model that cannot be trained here, before its weights are loaded."""
     if Path(args.model, "adapter_config.json").exists():
@@ -1081,7 +1085,8 @@ def check_policy(args):
         raise ValueError("this is a classifier, not a language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if args.max_prompt_tokens + args.max_new_tokens > positions:
-        raise ValueError(f"prompt and response do not fit into its {positions} positions")
+        reason = f"prompt and response do not fit into the model's {positions} positions"
+        raise BadInput(reason, "model", "max_prompt_tokens", "max_new_tokens")
 
 
 @blame("model", "gradient_checkpointing")
@@ -1186,13 +1191,16 @@ def lock(file):
 
 @blame("output_dir")
 def read_checkpoint(args, flags, folder):
-    """The checkpoint that --resume goes on from. Raises ValueError if other flags made it.
+    """The checkpoint that --resume goes on from. Raises BadInput if other flags made it.
 
     flags: this run's, as flags_to_compare() returns them.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
-        raise ValueError(f"{args.output_dir} holds no checkpoint to resume from")
+        raise ValueError(
+            f"{args.output_dir} holds no checkpoint to resume from: "
+            "without --resume a new run starts"
+        )
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or "args" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of remax.py")
@@ -1201,7 +1209,8 @@ def read_checkpoint(args, flags, folder):
         is_longer_run = name == "steps" and int(new) > int(old)
         may_differ = name in MAY_CHANGE or is_longer_run
         if new != old and not may_differ:
-            raise ValueError(f"{as_flag(name)} is {new}, but the run was made with {old}")
+            reason = f"{as_flag(name)} is {new}, but the run was made with {old}"
+            raise BadInput(reason, name, "output_dir")
     return checkpoint
 
 
@@ -1489,7 +1498,7 @@ class Run:
             largest = max(largest, max(row.prompt_ids))
         if largest >= embeddings:
             raise ValueError(
-                f"it has {embeddings} embeddings, but its tokenizer has a token {largest}"
+                f"the policy has {embeddings} embeddings, but its tokenizer has a token {largest}"
             )
 
     def check_cache(self):
@@ -1720,11 +1729,15 @@ class Run:
 
     @blame("output_dir")
     def save_model(self):
-        """Save the policy and its tokenizer. Only the weights differ from what was loaded."""
+        """Save the policy and its tokenizer: as loaded, but for the weights and --eos-token."""
         # load_policy() has set dropout to 0. It is saved as it was.
         self.policy.config = AutoConfig.from_pretrained(self.args.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+        if self.args.eos_token is not None:  # generate() has to stop where training did
+            tokenizer.eos_token = self.args.eos_token
+            self.policy.generation_config.eos_token_id = self.tokenizer.eos_token_id
         self.policy.save_pretrained(self.folder / "model")
-        AutoTokenizer.from_pretrained(self.args.model).save_pretrained(self.folder / "model")
+        tokenizer.save_pretrained(self.folder / "model")
 
     def warn_of_no_advantage(self, metrics):
         """Say once that nothing is learned: for 20 steps in a row every advantage was 0."""
@@ -1759,6 +1772,8 @@ class Run:
         args = self.args
         if self.steps_done == 0:
             self.evaluate_and_log(0)
+        if self.steps_done == args.steps:
+            say(f"all {args.steps} steps are done already: larger --steps continue")
         first_step = self.steps_done + 1
         bar = tqdm(
             range(first_step, args.steps + 1),

@@ -1417,6 +1417,14 @@ def test_saved_model_is_the_checkpoint_but_for_its_weights(tiny_run):
     assert not torch.equal(weights(before), weights(after))
 
 
+def test_the_saved_model_stops_at_the_eos_token_that_it_was_trained_with(small, tmp_path):
+    go([*small, "--eos-token", "."], tmp_path / "run", "--steps", 1)
+    saved = tmp_path / "run/model"
+    assert AutoTokenizer.from_pretrained(saved).eos_token == "."
+    policy = AutoModelForCausalLM.from_pretrained(saved)
+    assert policy.generation_config.eos_token_id == 14
+
+
 def test_saved_tokenizer_is_the_one_found(tiny_run):
     original = AutoTokenizer.from_pretrained(TINY / "policy")
     saved = AutoTokenizer.from_pretrained(tiny_run / "model")
@@ -1861,7 +1869,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts broken.jsonl", "line 2 --prompts broken.jsonl"),
     ("--prompts broken.json", "--prompts broken.json"),
     ("--prompts header.csv", "--prompts header.csv"),
-    ("--prompts chat.jsonl", "template --prompts"),
+    ("--prompts chat.jsonl", "no chat template --prompts --model"),
     ("--prompts few.jsonl", "16 prompts --batch-size 32"),
     ("--prompts afile", "--prompts afile .jsonl"),
     ("--prompt-column nosuch", "--prompt-column nosuch"),
@@ -2836,7 +2844,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("columns misaligned with rows", "self.tokenizer, rows + rows, responses",
      "self.tokenizer, [row for row in rows for _ in range(2)], responses", "greedy_half_gets"),
     ("weights saved with use_cache off", "AutoConfig.from_pretrained(self.args.model)",
-     "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model"),
+     "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model_is"),
     ("dropout saved as 0", "self.policy.config = AutoConfig.from_pretrained(self.args.model)",
      "pass", "saved_model"),
     ("finished rows go on", ".masked_fill(done, pad_id)", "", "half_of_the_rollout"),

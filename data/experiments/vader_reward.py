@@ -9,5 +9,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 analyzer = SentimentIntensityAnalyzer()
 
 
+def text_of(completion):
+    """A completion is a text or, for chats, a list with one message."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
 def positive(prompts, completions, **kwargs):
-    return [analyzer.polarity_scores(completion)["compound"] for completion in completions]
+    texts = [text_of(completion) for completion in completions]
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
