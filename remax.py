@@ -49,7 +49,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -509,7 +509,7 @@ def split_function(name):
 
 def exit_with(reason, args, flags):
     """End the run with two lines: what is wrong, and the flags to look at."""
-    typed = [as_typed(name, getattr(args, name)) for name in flags]
+    typed = [as_typed(name, getattr(args, name, None)) for name in flags]
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(typed)}")
 
 
@@ -540,7 +540,8 @@ def load_tokenizer(name, **options):
     """AutoTokenizer. Raises ValueError for a folder without one."""
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     # From a folder without a tokenizer AutoTokenizer makes one of special tokens alone.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+    has_words = len(tokenizer) > len(tokenizer.all_special_tokens)
+    if not has_words:
         raise ValueError(f"{as_text(name)} holds no tokenizer")
     return tokenizer
 
@@ -589,6 +590,17 @@ def read_json(text):
     return rows
 
 
+def read_table(file, delimiter):
+    """The rows below the first line of a table, which names the columns."""
+    reader = csv.DictReader(
+        file, delimiter=delimiter, strict=True
+    )  # a " that never closes is refused
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise ValueError(f"the row after line {reader.line_num} is wrong: {error}") from error
+
+
 def open_text(path):
     """A text file, opened for reading. A .gz is unpacked."""
     # utf-8-sig: a mark that some programs put in front is left out. newline: csv wants it so.
@@ -615,9 +627,9 @@ def read_file(path):
         if suffix == ".txt":
             return [{"prompt": line.rstrip("\r\n")} for line in file]
         if suffix == ".csv":
-            return list(csv.DictReader(file))
+            return read_table(file, ",")
         if suffix == ".tsv":
-            return list(csv.DictReader(file, delimiter="\t"))
+            return read_table(file, "\t")
         return read_json(file.read())
 
 
@@ -672,14 +684,13 @@ def render(tokenizer, chat, **options):
         raise ValueError(f"the chat template refuses {shortened(chat)}: {error}") from error
 
 
-def check_end_of_turn(tokenizer):
+def check_end_of_turn(tokenizer, chat):
     """Raise BadInput if the template ends no turn with EOS: responses would run on and on.
 
     SmolLM2's template ends a turn with "<|im_end|>" and a newline, and its EOS is <|im_end|>.
     """
     content = "the content of a turn"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
-    text = render(tokenizer, turns)
+    text = render(tokenizer, [*chat, {"role": "assistant", "content": content}])
     after_content = text.split(content)[-1]  # what the template writes after an answer
     if not after_content.strip().startswith(tokenizer.eos_token):
         reason = (
@@ -690,10 +701,12 @@ def check_end_of_turn(tokenizer):
 
 
 def encode_texts(tokenizer, texts):
-    """The token ids of each text. Some tokenizers end a text with EOS: it is left out."""
+    """The token ids of each text. Some tokenizers add EOS at the end: it is taken away again."""
     encoded = tokenizer(texts)["input_ids"]
-    for ids in encoded:
-        while ids and ids[-1] == tokenizer.eos_token_id:
+    without_special = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    eos = [tokenizer.eos_token_id]
+    for ids, own_ids in zip(encoded, without_special, strict=True):
+        if ids[-1:] == eos and own_ids[-1:] != eos:
             ids.pop()
     return encoded
 
@@ -703,7 +716,9 @@ def encode_chats(tokenizer, chats):
     if tokenizer.chat_template is None:
         reason = "the prompts are chats, but the policy's tokenizer has no chat template"
         raise BadInput(reason, "model", "prompts")
-    check_end_of_turn(tokenizer)
+    not_empty = [chat for chat in chats if chat]
+    if not_empty:
+        check_end_of_turn(tokenizer, not_empty[0])
     encoded = []
     for chat in chats:
         text = ""  # of an empty chat, which is left out later
@@ -735,7 +750,10 @@ def fill_columns(rows):
 
 
 def check_columns(columns, prompt_column):
-    """Raise ValueError for columns that cannot be passed to reward(prompts=, completions=, ...)."""
+    """Raise ValueError for columns that cannot be passed to reward(prompts=, completions=, ...).
+
+    Nor can a column named self: RewardModel.__call__ has an argument of this name.
+    """
     if prompt_column not in columns:
         names = ", ".join(str(name) for name in columns)
         raise ValueError(f"there is no column {prompt_column}, only {names}")
@@ -801,7 +819,9 @@ def make_row(args, tokenizer, values, ids):
 
 def is_usable(args, row):
     """Whether a PromptRow is neither empty nor a chat that is too long."""
-    return row.prompt_text.strip() != "" and len(row.prompt_ids) <= args.max_prompt_tokens
+    is_empty = row.prompt_text.strip() == ""
+    is_too_long = len(row.prompt_ids) > args.max_prompt_tokens  # only a chat: a text has been cut
+    return not is_empty and not is_too_long
 
 
 def say_what_was_read(args, rows, held_out_count, dataset):
@@ -902,6 +922,7 @@ class RewardModel:
         self.max_length = min(tokenizer.model_max_length, positions)
         self.device = device  # where it computes; with --offload its home is the CPU
 
+    @blame("reward", "prompts")
     def tokenize(self, conversations):
         """Texts, or chats as lists of messages, to the model's inputs."""
         options = {
@@ -914,7 +935,8 @@ class RewardModel:
             return self.tokenizer(conversations, **options)
         if self.tokenizer.chat_template is None:
             return self.tokenizer([contents_of(chat) for chat in conversations], **options)
-        return self.tokenizer.apply_chat_template(conversations, return_dict=True, **options)
+        texts = [render(self.tokenizer, chat) for chat in conversations]
+        return self.tokenizer(texts, add_special_tokens=False, **options)  # the template wrote them
 
     @torch.no_grad()
     def __call__(self, prompts, completions, **columns):
@@ -947,9 +969,11 @@ def decode_responses(tokenizer, rows, responses):
     without "The plot" leaves " was warm". Llama's tokenizer would drop the first space of a
     response that is decoded alone.
     """
+    # Padding is cut off first: decode() leaves out special tokens alone, and not every EOS is one.
+    lengths = response_mask(responses, tokenizer.eos_token_id).sum(1).tolist()
     texts = []
-    for row, ids in zip(rows, responses.tolist(), strict=True):
-        text = tokenizer.decode(row.prompt_ids + ids, skip_special_tokens=True)
+    for row, ids, length in zip(rows, responses.tolist(), lengths, strict=True):
+        text = tokenizer.decode(row.prompt_ids + ids[:length], skip_special_tokens=True)
         texts.append(text[len(row.prompt_text) :])
     return texts
 
@@ -1277,16 +1301,16 @@ def stop_signals():
 
 
 def keep_signals_from_children():
-    """Let the signals that stop a run stop the run alone, and not the processes of a reward.
+    """Let the signals that stop a run stop the run alone, and not the processes that it forks.
 
     A reward may fork: a Pool, or a Process that it ends by terminate(). Such a child would inherit
     the run's handlers, which only make a note of a signal, and so would never end. And Ctrl-C would
-    reach it too, though the run needs it to finish the step. Python calls three functions at a
-    fork:
-      before_fork         holds signals back: one that came in the middle would be lost
-      after_fork_in_run   lets them through again
-      after_fork_in_child gives the child the default handlers, and a process group of its own,
-                          which a terminal, `timeout` and torchrun do not reach
+    reach it too, though the run needs it to finish the step. Python calls these at a fork:
+      before_fork          holds signals back: one that came in the middle would be lost
+      after_fork_in_run    lets them through again
+      after_fork_in_child  gives the child the default handlers
+      leave_group          gives a child of multiprocessing a process group of its own, which a
+                           terminal, `timeout` and torchrun do not reach
     """
     if not hasattr(os, "register_at_fork"):  # Windows has no fork
         return
@@ -1299,8 +1323,6 @@ def keep_signals_from_children():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def after_fork_in_child():
-        with suppress(OSError):  # pty.fork() has made it the leader of a group already
-            os.setpgrp()
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
@@ -1310,6 +1332,12 @@ def keep_signals_from_children():
         after_in_parent=after_fork_in_run,
         after_in_child=after_fork_in_child,
     )
+    # Not at every fork: the child of subprocess may call setsid(), which a group's leader must not.
+    multiprocessing.util.register_after_fork(os, leave_group)
+
+
+def leave_group(_):
+    os.setpgrp()
 
 
 class StopRequest:
@@ -1394,8 +1422,8 @@ def step_metrics(result, eos_id):
     if result.ref_logprobs is not None:
         log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
         kl = batch_mean(log_ratio.sum(1))  # in nats per response
-    # These two are in nats per token: the mean sum of a response by its mean length.
     tokens = batch_mean(result.mask.sum(1))
+    # The next two are in nats per token: the mean sum over a response, divided by its mean length.
     entropy = batch_mean(-result.logprobs.sum(1)) / tokens
     difference = (result.logprobs - result.sampling_logprobs).abs() * result.mask  # (B,T)
     sampling_logp_difference = batch_mean(difference.sum(1)) / tokens
@@ -1507,13 +1535,16 @@ class Run:
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.policy.eval()
-        with blame("model"):  # for a model without a cache
+        length = min(4, self.args.max_new_tokens)
+        try:
             response, _, logprobs = rollout(
-                self.policy, prompt, attention_mask, 4, eos_id, pad_id
-            )  # (B,4)
-        mask = response_mask(response, eos_id)  # (B,4)
+                self.policy, prompt, attention_mask, length, eos_id, pad_id
+            )  # (B,T)
+        except ValueError as error:  # it has no cache
+            raise BadInput(str(error), "model") from error
+        mask = response_mask(response, eos_id)  # (B,T)
         with torch.no_grad():
-            expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,4)
+            expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,T)
         difference = ((expected - logprobs) * mask).abs().sum() / mask.sum()
         self.check_sampler(difference.item(), torch.float32)
 
@@ -1727,7 +1758,7 @@ class Run:
         }
         save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
-    @blame("output_dir")
+    @blame("output_dir", "model")
     def save_model(self):
         """Save the policy and its tokenizer: as loaded, but for the weights and --eos-token."""
         # load_policy() has set dropout to 0. It is saved as it was.

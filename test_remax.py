@@ -1776,6 +1776,7 @@ def test_a_strangers_checkpoint_runs_no_code(small, two_steps, tmp_path, capsys)
 CHAT = [{"role": "user", "content": "Hello"}]
 LONG_CHAT = [{"role": "user", "content": "The plot was " * 9}]
 FILES = {  # name: content
+    "unclosed.csv": 'prompt\nThe plot\n"The cast\nThe film\n' * 20,
     "broken.py": "def f(:",
     "ok.py": "x = 1",
     "few.py": "def f(**k):\n    return [1.0]",
@@ -1848,6 +1849,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts parts.jsonl --model {chat}", "row 1 text --prompts"),
     ("--prompts answered.jsonl --model {chat}", "row 1 answer --prompts"),
     ("--prompts ragged.csv", "row 1 columns --prompts"),
+    ("--prompts unclosed.csv", "after line 2 wrong --prompts"),
     ("--prompts list.json", "row 1 columns --prompts"),
     ("--prompts chat.jsonl --model {tmp}/two_ends", "<end> --eos-token"),
     ("--prompts chat.jsonl --model {tmp}/raising", "template --prompts"),
@@ -1978,6 +1980,18 @@ def test_a_short_run_that_skipped_every_step_fails(small, tmp_path, capsys):
     assert code == 1
     assert "no finite gradient in 2 steps" in said[-2]
     assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoint_with_a_flag_that_is_gone_is_refused(small, two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path / "run")
+    path = tmp_path / "run/checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["args"]["gone"] = "1"
+    torch.save(checkpoint, path)
+    flags = ["--output-dir", tmp_path / "run", "--steps", 3, "--resume"]
+    code, said = answer(capsys, *small, *flags)
+    assert code == 1
+    assert "--gone is None, but the run was made with 1" in said[-2]
 
 
 def test_a_foreign_checkpoint_is_refused(small, tmp_path, capsys):
@@ -2259,6 +2273,43 @@ def test_a_reward_model_without_template_reads_the_contents_of_a_chat():
     assert torch.equal(reward([question], [answer]), expected)
 
 
+def test_an_eos_that_is_no_special_token_stands_once_in_the_text_of_a_reward():
+    """decode() leaves out special tokens alone: the padding would stand there too."""
+    tokenizer = remax.load_policy_tokenizer(tiny_args("--eos-token", "."))
+    responses = torch.tensor([[5, 14, 14, 14], [5, 6, 7, 14]])
+    first, second = remax.decode_responses(tokenizer, ROWS, responses)
+    assert first.count(".") == second.count(".") == 1
+
+
+def test_an_eos_at_the_end_of_a_prompt_stays_if_the_person_wrote_it():
+    tokenizer = remax.load_policy_tokenizer(tiny_args("--eos-token", "."))
+    (ids,) = remax.encode_texts(tokenizer, ["The plot was warm."])
+    assert ids[-1] == 14
+
+
+def test_a_template_may_demand_a_system_message():
+    tokenizer = chat_tokenizer()
+    demand = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = demand + TEMPLATE
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "The plot?"}]
+    assert len(remax.encode_chats(tokenizer, [[], chat])[1]) > 0
+
+
+def test_a_reward_model_whose_template_refuses_a_chat_is_answered(monkeypatch):
+    reward = remax.RewardModel(str(TINY / "reward"), torch.float32, CPU)
+    reward.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(remax.BadInput, match="template refuses") as error:
+        reward([CHAT], [[{"role": "assistant", "content": "The plot."}]])
+    assert error.value.flags == ("reward", "prompts")
+
+
+def test_a_prompt_of_nearly_all_positions_leaves_room_for_one_token(tmp_path):
+    lines = [{"prompt": "The plot" + " and plot" * 80} for _ in range(10)]
+    path = write_jsonl(tmp_path / "long.jsonl", lines)
+    flags = ["--prompts", path, "--max-prompt-tokens", 127, "--max-new-tokens", 1]
+    go([*flags, "--batch-size", 2], tmp_path / "run", "--steps", 1)
+
+
 def test_a_reward_that_changes_its_arguments_changes_no_row(tokenizer):
     rows = [remax.PromptRow([5], "a", False, CHAT, {"n": [1]})]
     before = json.dumps(rows)
@@ -2423,6 +2474,24 @@ def terminated_at_birth():
             time.sleep(30)
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+SANDBOXED = """
+import os
+import subprocess
+
+def f(completions, **kwargs):
+    options = {"capture_output": True, "preexec_fn": os.setsid}
+    return [float(subprocess.run(["echo", "1"], **options).stdout) for _ in completions]
+"""
+
+
+def test_a_reward_may_start_programs_in_sessions_of_their_own(small, tmp_path):
+    """So that it can kill all that such a program starts. The leader of a group may not do this."""
+    (tmp_path / "sandboxed.py").write_text(SANDBOXED)
+    flags = ["--reward", f"{tmp_path}/sandboxed.py:f", "--steps", 1, "--kl-coef", 0]
+    done = Child(*small, *flags, "--output-dir", tmp_path / "run").wait()
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_forked_child_ends_on_sigterm_from_its_birth_on():
@@ -2870,7 +2939,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "reward_that_forks"),
     ("child that is born deaf to SIGTERM", "before=before_fork", "before=after_fork_in_run",
      "from_its_birth"),
-    ("child that the run's signals reach", "            os.setpgrp()\n", "            pass\n",
+    ("child that the run's signals reach", "    os.setpgrp()\n", "    pass\n",
      "forked_children"),
     ("second SIGHUP that ends the run", "signal.signal(SIGHUP, self.on_hangup)",
      "signal.signal(SIGHUP, self.on_stop)", "second_sighup"),
