@@ -3150,6 +3150,17 @@ def quoted_rows():
         rows.append(
             f"| {size} | {row['threads']} | {ratio['ReMax/RLOO']:.2f} | {ratio['ReMax/GRPO']:.2f} |"
         )
+    return rows + variance_rows()
+
+
+def variance_rows():
+    rows, measured = [], read_results("variance.jsonl")
+    for step in sorted({row["step"] for row in measured}):
+        cells = []
+        for column in "reward", "greedy_reward", "ratio_greedy", "ratio_batch":
+            mean = statistics.fmean(row[column] for row in measured if row["step"] == step)
+            cells.append(f"{mean:.2f}")
+        rows.append(f"| {step} | {' | '.join(cells)} |")
     return rows
 
 
@@ -3163,7 +3174,7 @@ def test_the_tables_of_the_readme_are_the_logs():
     for row in made:
         assert row in README + DATA_README, row
     for row in numbers_in_tables(results + DATA_README):  # and there is no other, older one
-        assert row in made or row.startswith(("| before", "| after training", "| on an")), row
+        assert row in made or row.startswith(("| before", "| on an")), row
 
 
 def ends_of(values):
@@ -3175,8 +3186,6 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     before, after = smollm2[0][0], smollm2[0][-1]
     (chat,), (strict,) = arm_logs("chat", "remax"), arm_logs("smollm2_kl", "remax")
     first, last = ([row for row in chat if "eval_reward" in row][i] for i in (0, -1))
-    start = [row["ratio"] for row in read_results("variance.jsonl") if row["model"] == "start"]
-    end = [row["ratio"] for row in read_results("variance.jsonl") if row["model"] == "end"]
     race = read_results("tiny_vs_rloo.jsonl")[-1]
     two = read_results("two_processes.jsonl")[-1]["seconds"]
     share = two["two processes of one thread"] / two["one process of two threads"]
@@ -3204,8 +3213,6 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"reward at {strict[-1]['eval_reward']:.2f} in place of {after['eval_reward']:.2f}",
         f"went from {first['eval_greedy_reward']:.0%} to {last['eval_greedy_reward']:.0%} right",
         f"went from {first['eval_reward']:.1%} to {last['eval_reward']:.1%}",
-        "| before training | {:.2f} | {:.2f} | {:.2f} |".format(*start),
-        "| after training | {:.2f} | {:.2f} | {:.2f} |".format(*end),
         f"in {race['ReMax']['median']:.1f} seconds of training, RLOO in "
         f"{race['RLOO']['median']:.1f}",
         "from {:.1f} to {:.1f} seconds for ReMax".format(*ends_of(race["ReMax"]["seconds"])),
@@ -3371,9 +3378,14 @@ def test_variances_of_gradients_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(DATA / "experiments")
     import variance
 
-    variance.main(["--estimates", "2", "--batch", "2", "--out", str(tmp_path / "variance.jsonl")])
-    row = json.loads((tmp_path / "variance.jsonl").read_text())
-    assert row["ratio"] == pytest.approx(row["variance_greedy"] / row["variance_none"])
+    flags = ["--at", "0", "1", "--estimates", "2", "--batch", "2"]
+    variance.main([*flags, "--out", str(tmp_path / "variance.jsonl")])
+    lines = (tmp_path / "variance.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        ratio = row["variance"]["greedy"] / row["variance"]["none"]
+        assert row["ratio_greedy"] == pytest.approx(ratio)
 
 
 def test_plot_draws_any_runs(tmp_path):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Does the greedy baseline lower the variance of the gradient? Measured along a training run.
 
-    python data/experiments/variance.py --at 0 5 10 20 40 60 --seeds 0 1 2    # twenty minutes
+    python data/experiments/variance.py --at 0 2 5 10 20 40 60 --seeds 0 1 2   # half an hour
 
 The run is `python remax.py`. After each of the steps --at, the policy stands still and its gradient
 is estimated many times, before clipping: each time from a new response to each of --batch prompts.
