@@ -207,15 +207,17 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a critic to
 # predict. The greedy reward is a guess at V(x) that needs no training. It is often too high: then
 # most r - b are negative, and the bad responses are pushed down most. The mean stays right, by
-# line 4, but there is more noise. (Algorithm 1 leaves the KL of the greedy response out of b.)
+# line 4, but there is more noise. (By line 4 the KL of the greedy response could be part of b too.
+# Algorithm 1 leaves it out.)
 #
 # Line 5 is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
 # of line 1, with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
-# Line 6: line 3 holds for a single token too, given those before it: its E[grad log pi] is 0. The
-# log-ratios of the tokens before t are fixed before y_t is drawn. So, like b, they leave the mean
-# unchanged, and are left out. r depends on the whole response, and stays.
+# Line 6: line 3 holds for a single token too, given those before it. So
+#   E[c * grad log pi(y_t|x,y_<t)] = 0   for every number c that is fixed before y_t is drawn.
+# The log-ratios of the tokens before t are such numbers. Like b they leave the mean unchanged, and
+# are left out. r depends on the whole response, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is minus the ReMax estimator (Algorithm 1).
 
@@ -244,7 +246,7 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
 
 
 class StepResult(NamedTuple):
-    """What a step drew and computed. Enough for any figure, and for the curious."""
+    """What a step drew and computed: all that its metrics are made of."""
 
     response: torch.Tensor  # (B,T)
     greedy_response: torch.Tensor  # (B,T)
@@ -252,11 +254,12 @@ class StepResult(NamedTuple):
     reward: torch.Tensor  # (B,)
     greedy_reward: torch.Tensor  # (B,)
     baseline: torch.Tensor  # (B,): the greedy reward, or 0
-    logprobs: torch.Tensor  # (B,T), before the update; 0 where masked, as the next
-    ref_logprobs: torch.Tensor | None  # (B,T); None without a reference
+    logprobs: torch.Tensor  # (B,T), before the update; 0 where masked
+    ref_logprobs: torch.Tensor | None  # (B,T), 0 where masked; None without a reference
     sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
+    seconds: dict  # of the rollout, of the score, and of the rest: the update
 
 
 def remax_step(
@@ -295,6 +298,7 @@ def remax_step(
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     device = prompt.device
+    stopwatch = Stopwatch()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
@@ -302,6 +306,7 @@ def remax_step(
         response, greedy_response, sampling_logprobs = rollout(
             policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
         )  # (B,T) each
+    stopwatch.lap("rollout_seconds")
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
     rewards = score(torch.cat([response, greedy_response]))  # (2B,)
@@ -309,12 +314,13 @@ def remax_step(
     baseline = greedy_reward  # (B,)
     if not greedy_baseline:
         baseline = torch.zeros_like(greedy_reward)
+    stopwatch.lap("score_seconds")
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
 
     # 4. Reference. With --offload it lives in CPU memory, and is on the GPU for this step alone.
-    ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T)
+    ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T): without a reference kl_coef is 0
     if reference is not None:
         with on_device(reference, device), computing_in(dtype, device):
             ref_logprobs = logprobs_without_gradient(
@@ -350,6 +356,7 @@ def remax_step(
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+    stopwatch.lap("update_seconds")
 
     return StepResult(
         response=response,
@@ -363,12 +370,29 @@ def remax_step(
         sampling_logprobs=sampling_logprobs,
         loss=batch_loss,
         grad_norm=grad_norm,
+        seconds=stopwatch.seconds,
     )
 
 
 # -------------------------------------------------------------------------------------------------
 # What remax_step uses.
 # -------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """The seconds of the parts of a step, by name."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.start = time.perf_counter()
+
+    def lap(self, name):
+        """A part ends now, and the next one begins."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the GPU may still be at work on this part
+        now = time.perf_counter()
+        self.seconds[name] = now - self.start
+        self.start = now
 
 
 @contextmanager
@@ -470,8 +494,10 @@ def blame(*flags):
     except (NameError, AttributeError):
         raise  # a mistake in this file after all
     except Exception as error:  # the libraries raise what they like for a wrong file or name
-        reason = str(error).strip() or type(error).__name__
-        raise BadInput(reason.splitlines()[0], *flags) from error
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise BadInput(reason, *flags) from error
 
 
 HERE = Path(__file__).resolve().parent
@@ -592,9 +618,8 @@ def read_json(text):
 
 def read_table(file, delimiter):
     """The rows below the first line of a table, which names the columns."""
-    reader = csv.DictReader(
-        file, delimiter=delimiter, strict=True
-    )  # a " that never closes is refused
+    # strict: a quotation mark that is never closed is an error, and swallows no rows.
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
         return list(reader)
     except csv.Error as error:
@@ -703,11 +728,9 @@ def check_end_of_turn(tokenizer, chat):
 def encode_texts(tokenizer, texts):
     """The token ids of each text. Some tokenizers add EOS at the end: it is taken away again."""
     encoded = tokenizer(texts)["input_ids"]
-    without_special = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    eos = [tokenizer.eos_token_id]
-    for ids, own_ids in zip(encoded, without_special, strict=True):
-        if ids[-1:] == eos and own_ids[-1:] != eos:
-            ids.pop()
+    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    if adds_eos:
+        encoded = [ids[:-1] for ids in encoded]
     return encoded
 
 
@@ -1333,10 +1356,12 @@ def keep_signals_from_children():
         after_in_child=after_fork_in_child,
     )
     # Not at every fork: the child of subprocess may call setsid(), which a group's leader must not.
-    multiprocessing.util.register_after_fork(os, leave_group)
+    # The first argument says how long to keep the second one, and is passed to it.
+    multiprocessing.util.register_after_fork(leave_group, leave_group)
 
 
 def leave_group(_):
+    """Make this process the leader of a group of its own."""
     os.setpgrp()
 
 
@@ -1444,20 +1469,6 @@ def step_metrics(result, eos_id):
     }
 
 
-class Stopwatch:
-    """The seconds of the parts of a step, by name."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.start = time.perf_counter()
-
-    def lap(self, name):
-        """A part ends now, and the next one begins."""
-        now = time.perf_counter()
-        self.seconds[name] = now - self.start
-        self.start = now
-
-
 def seed_of_step(seed, step):
     """A number of 32 bits, another one for every seed and step."""
     generator = random.Random(f"{seed}/{step}")  # a text may be a seed
@@ -1507,7 +1518,7 @@ class Run:
         self.policy.to(self.device)
         if not args.offload:  # otherwise they stay in CPU memory: see on_device()
             self.move_frozen_models()
-        self.check_cache()
+        self.check_decoding()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
         if checkpoint is not None:
@@ -1529,7 +1540,7 @@ class Run:
                 f"the policy has {embeddings} embeddings, but its tokenizer has a token {largest}"
             )
 
-    def check_cache(self):
+    def check_decoding(self):
         """Draw a few tokens and check them, before any time is spent on a model that fails."""
         rows = self.training_rows[:8]  # of several lengths, so that most of them are padded
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
@@ -1597,23 +1608,25 @@ class Run:
         """The estimate of the KL from each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
         inputs = (prompt, attention_mask, response, mask, self.args.micro_batch_size)
-        logprobs = logprobs_without_gradient(self.policy, *inputs)  # (B,T)
-        with on_device(self.reference, self.device):
-            ref_logprobs = logprobs_without_gradient(self.reference, *inputs)  # (B,T)
+        with computing_in(self.dtype, self.device):  # as in training
+            logprobs = logprobs_without_gradient(self.policy, *inputs)  # (B,T)
+            with on_device(self.reference, self.device):
+                ref_logprobs = logprobs_without_gradient(self.reference, *inputs)  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
     def answer_rows(self, rows):
         """An Answer to each of B rows."""
         tokenizer = self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
-        response, greedy_response, _ = rollout(
-            self.policy,
-            prompt,
-            attention_mask,
-            self.args.max_new_tokens,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )  # (B,T) each
+        with weights_as(self.policy, self.dtype):
+            response, greedy_response, _ = rollout(
+                self.policy,
+                prompt,
+                attention_mask,
+                self.args.max_new_tokens,
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+            )  # (B,T) each
         responses = torch.cat([response, greedy_response])  # (2B,T)
         rewards = score_responses(
             self.args, self.reward_function, tokenizer, rows + rows, responses
@@ -1645,9 +1658,8 @@ class Run:
         transformers.set_seed(0)  # the same noise every time
         self.policy.eval()
         answers = []
-        with weights_as(self.policy, self.dtype):
-            for start in range(0, len(self.held_out_rows), size):
-                answers += self.answer_rows(self.held_out_rows[start : start + size])
+        for start in range(0, len(self.held_out_rows), size):
+            answers += self.answer_rows(self.held_out_rows[start : start + size])
 
         metrics = {
             "eval_reward": statistics.fmean(answer.reward for answer in answers),
@@ -1697,15 +1709,11 @@ class Run:
             group["lr"] = lr
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        stopwatch = Stopwatch()
 
         def score(responses):  # the sampled ones, and the greedy ones to the same prompts
-            stopwatch.lap("rollout_seconds")
-            rewards = score_responses(
+            return score_responses(
                 args, self.reward_function, self.tokenizer, rows + rows, responses
             )
-            stopwatch.lap("score_seconds")
-            return rewards
 
         result = remax_step(
             self.policy,
@@ -1724,9 +1732,8 @@ class Run:
             max_grad_norm=args.max_grad_norm,
             dtype=self.dtype,
         )
-        metrics = step_metrics(result, self.tokenizer.eos_token_id)  # waits for the GPU
-        stopwatch.lap("update_seconds")
-        metrics |= stopwatch.seconds
+        metrics = step_metrics(result, self.tokenizer.eos_token_id)
+        metrics |= result.seconds
         metrics["peak_memory_gb"] = peak_memory_gb(self.device)
         self.log({"step": step, "lr": lr} | metrics)
         return metrics

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Run an experiment: the same training with several baselines, rewards or seeds, and keep the logs.
 
-    python data/experiments/arms.py tiny              # five seeds of ReMax and of REINFORCE
+    python data/experiments/arms.py tiny              # five seeds of each of three baselines
     python data/experiments/arms.py smollm2 --jobs 2  # three seeds, one to two hours on two cores
 
 Every run is a command that a person could type. Its metrics.jsonl goes to
@@ -34,7 +34,7 @@ ON_A_GPU = "--model runs/smollm2 --lr 5e-5 --steps 100 --eval-every 25"
 ON_A_GPU += " --reward data/experiments/vader_reward.py:positive"
 SHIFTED = "--reward data/experiments/shifted_reward.py"
 EXPERIMENTS = {  # name: (seeds, {arm: flags})
-    "tiny": (range(5), {"remax": "", "reinforce": "--baseline none"}),
+    "tiny": (range(5), {"remax": "", "reinforce": "--baseline none", "batch": ""}),
     "smollm2": ((1, 2, 3), {"remax": REVIEWS, "reinforce": f"{REVIEWS} --baseline none"}),
     "smollm2_gpu": (range(1, 6), {"remax": ON_A_GPU, "reinforce": f"{ON_A_GPU} --baseline none"}),
     "smollm2_kl": ((1,), {"remax": f"{REVIEWS} --kl-coef 0.1"}),
@@ -49,13 +49,14 @@ EXPERIMENTS = {  # name: (seeds, {arm: flags})
         },
     ),
 }
+SCRIPTS = {"batch": "data/experiments/batch_mean.py"}  # arm: its script; the others are remax.py's
 PACKAGES = ("torch", "transformers", "datasets")
 
 
 def run_arm(experiment, arm, seed, flags, threads):
     """Run one command, copy its metrics and return what there is to say about it."""
     output = f"runs/arms/{experiment}-{arm}-{seed}"
-    command = ["python", "remax.py", *shlex.split(flags), "--seed", str(seed)]
+    command = ["python", SCRIPTS.get(arm, "remax.py"), *shlex.split(flags), "--seed", str(seed)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     folder = ROOT / "data/results" / experiment
     log = f"{arm}-{seed}.jsonl"
