@@ -3116,9 +3116,9 @@ def quoted_rows():
     rows = []
     for experiment, names in (
         ("smollm2", ("ReMax, half the batch", "REINFORCE, half the batch")),
-        ("tiny", ("ReMax", "REINFORCE")),
+        ("tiny", ("ReMax", "REINFORCE", "the mean of the other prompts")),
     ):
-        for name, arm in zip(names, ("remax", "reinforce"), strict=True):
+        for name, arm in zip(names, ("remax", "reinforce", "batch"), strict=False):
             logs = arm_logs(experiment, arm)
             digits = 3 if experiment == "tiny" else 2
             cells = [in_table(spread(logs, c), 2 if "kl" in c else digits) for c in EVALUATED]
