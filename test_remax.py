@@ -2440,6 +2440,8 @@ def test_a_child_of_a_reward_does_not_hold_the_lock_of_a_killed_run(small, tmp_p
 
 FORKING = """
 import multiprocessing
+import os
+import subprocess
 import time
 
 fork = multiprocessing.get_context("fork")  # which is the default up to Python 3.13
@@ -2452,6 +2454,8 @@ def f(completions, **kwargs):
     process.start()
     process.terminate()
     process.join()
+    # In a session of its own, so that it could be killed with all that it starts.
+    subprocess.run(["echo"], stdout=subprocess.PIPE, preexec_fn=os.setsid, check=True)
     with fork.Pool(2) as pool:
         return pool.map(length, completions)
 """
@@ -2474,24 +2478,6 @@ def terminated_at_birth():
             time.sleep(30)
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
-
-
-SANDBOXED = """
-import os
-import subprocess
-
-def f(completions, **kwargs):
-    options = {"capture_output": True, "preexec_fn": os.setsid}
-    return [float(subprocess.run(["echo", "1"], **options).stdout) for _ in completions]
-"""
-
-
-def test_a_reward_may_start_programs_in_sessions_of_their_own(small, tmp_path):
-    """So that it can kill all that such a program starts. The leader of a group may not do this."""
-    (tmp_path / "sandboxed.py").write_text(SANDBOXED)
-    flags = ["--reward", f"{tmp_path}/sandboxed.py:f", "--steps", 1, "--kl-coef", 0]
-    done = Child(*small, *flags, "--output-dir", tmp_path / "run").wait()
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_forked_child_ends_on_sigterm_from_its_birth_on():
