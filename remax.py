@@ -720,7 +720,7 @@ def check_end_of_turn(tokenizer, chat):
     if not after_content.strip().startswith(tokenizer.eos_token):
         reason = (
             f"the template ends a turn with {after_content!r}, and not with EOS "
-            f"{tokenizer.eos_token!r}: name the token that ends a turn by --eos-token"
+            f"{tokenizer.eos_token!r}: name the first token of this ending by --eos-token"
         )
         raise BadInput(reason, "model", "eos_token")
 
@@ -737,7 +737,10 @@ def encode_texts(tokenizer, texts):
 def encode_chats(tokenizer, chats):
     """The token ids of each chat, through the template, up to where the answer begins."""
     if tokenizer.chat_template is None:
-        reason = "the prompts are chats, but the policy's tokenizer has no chat template"
+        reason = (
+            "the prompts are chats, but the policy's tokenizer has no chat template: "
+            "take an instruct model, or give texts as prompts"
+        )
         raise BadInput(reason, "model", "prompts")
     not_empty = [chat for chat in chats if chat]
     if not_empty:
@@ -1773,6 +1776,7 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)
         if self.args.eos_token is not None:  # generate() has to stop where training did
             tokenizer.eos_token = self.args.eos_token
+            self.policy.config.eos_token_id = self.tokenizer.eos_token_id
             self.policy.generation_config.eos_token_id = self.tokenizer.eos_token_id
         self.policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")

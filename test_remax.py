@@ -1422,7 +1422,7 @@ def test_the_saved_model_stops_at_the_eos_token_that_it_was_trained_with(small, 
     saved = tmp_path / "run/model"
     assert AutoTokenizer.from_pretrained(saved).eos_token == "."
     policy = AutoModelForCausalLM.from_pretrained(saved)
-    assert policy.generation_config.eos_token_id == 14
+    assert policy.config.eos_token_id == policy.generation_config.eos_token_id == 14
 
 
 def test_saved_tokenizer_is_the_one_found(tiny_run):
