@@ -679,9 +679,8 @@ def shortened(value):
 def check_chat(number, chat):
     """Raise ValueError unless the chat is a list of {role, content} that waits for an answer."""
     for message in chat:
-        if not isinstance(message, dict):
-            raise ValueError(f"row {number} has a message without role: {shortened(message)}")
-        if not isinstance(message.get("role"), str):
+        has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not has_role:
             raise ValueError(f"row {number} has a message without role: {shortened(message)}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"row {number} has a message without a text: {shortened(message)}")
@@ -728,7 +727,10 @@ def check_end_of_turn(tokenizer, chat):
 def encode_texts(tokenizer, texts):
     """The token ids of each text. Some tokenizers add EOS at the end: it is taken away again."""
     encoded = tokenizer(texts)["input_ids"]
-    adds_eos = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    eos = [tokenizer.eos_token_id]
+    ids = tokenizer("a")["input_ids"]
+    own_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    adds_eos = ids[-1:] == eos and own_ids[-1:] != eos  # an unknown "a" may be EOS itself
     if adds_eos:
         encoded = [ids[:-1] for ids in encoded]
     return encoded
@@ -1021,7 +1023,7 @@ def reward_arguments(tokenizer, rows, responses):
 
 @blame("reward")
 def as_rewards(values, N, device):
-    """What a reward function returned, as a tensor (N,). Raises ValueError for anything else."""
+    """What a reward function returned, as a tensor (N,). Raises BadInput for anything else."""
     try:
         rewards = torch.as_tensor(values, dtype=torch.float32, device=device).detach()
     except (TypeError, ValueError) as error:
@@ -1533,7 +1535,7 @@ class Run:
 
     @blame("model")
     def check_token_ids(self):
-        """Raise ValueError for a token that the policy has no embedding for."""
+        """Raise BadInput for a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
         largest = max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         for row in self.training_rows + self.held_out_rows:

@@ -30,6 +30,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import datasets
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
@@ -2287,6 +2288,15 @@ def test_an_eos_at_the_end_of_a_prompt_stays_if_the_person_wrote_it():
     assert ids[-1] == 14
 
 
+def test_a_tokenizer_whose_unknown_words_are_eos_keeps_the_ends_of_texts():
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<e>": 0, "plot": 1}, unk_token="<e>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>")
+    assert remax.encode_texts(tokenizer, ["plot plot"]) == [[1, 1]]
+
+
 def test_a_template_may_demand_a_system_message():
     tokenizer = chat_tokenizer()
     demand = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -3373,6 +3383,16 @@ def test_variances_of_gradients_are_measured(tmp_path, monkeypatch, capsys):
     for row in rows:
         ratio = row["variance"]["greedy"] / row["variance"]["none"]
         assert row["ratio_greedy"] == pytest.approx(ratio)
+
+
+def test_the_mean_of_the_other_prompts_is_a_baseline_that_leaves_no_mean_advantage(monkeypatch):
+    monkeypatch.syspath_prepend(DATA / "experiments")
+    import batch_mean
+
+    monkeypatch.setattr(remax, "remax_step", batch_mean.step_with_batch_mean)
+    metrics = step(make("gpt2"))
+    assert metrics["advantage"] == pytest.approx(0, abs=1e-5)
+    assert metrics["zero_advantage"] < 1
 
 
 def test_plot_draws_any_runs(tmp_path):

@@ -34,7 +34,7 @@ ARMS = "none", "greedy", "batch"
 
 
 def baselines(reward, greedy_reward):
-    """{arm: (B,)}: none depends on the response to the same prompt."""
+    """{arm: (B,)}: no baseline may depend on the response to its own prompt."""
     others = (reward.sum() - reward) / (len(reward) - 1)  # (B,)
     return {"none": torch.zeros_like(reward), "greedy": greedy_reward, "batch": others}
 
