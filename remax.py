@@ -28,7 +28,7 @@ Symbols, in shapes and equations:
   P  tokens of a prompt                 y, ybar     response, greedy response
   T  tokens of a response               r, b        reward, baseline
   V  tokens in the vocabulary           A_t         advantage of token t
-  N  rows of a part of a batch          pi, pi_ref  policy, reference
+  N  any number of rows                 pi, pi_ref  policy, reference
                                         beta        kl_coef, the price of KL
 Prompts are padded on the left, responses on the right.
 
@@ -95,9 +95,9 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
     Raises ValueError for a model without a cache (RWKV, BERT): token by token, it would forget.
 
-    Why not generate()? By default it samples from the 50 likeliest tokens (transformers#38549) and
-    obeys the checkpoint's generation_config (trl#5783). We need pi itself. And it cannot draw some
-    rows of a batch and decode the others greedily.
+    Why not generate()? It cannot draw some rows of a batch and decode the others greedily. And it
+    takes what we do not pass from the checkpoint's generation_config (trl#5783), or from defaults
+    such as top-k 50 (transformers#38549). We need pi itself.
     """
     # Rows 0 to B-1 are for the sampled responses, rows B to 2B-1 for the greedy ones.
     next_input = torch.cat([prompt, prompt])  # (2B,P), and from then on the new tokens (2B,1)
@@ -144,10 +144,10 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
 
 
 def position_ids(attention_mask):
-    """The position of each token, where padding on the left is no position: (B,P) -> (B,P).
+    """The position of each token, which padding on the left does not move: (B,P) -> (B,P).
 
     The mask 0 0 1 1 1 has the positions 0 0 0 1 2. Without them a left-padded GPT-2 is off by tens
-    of nats (trl#6800).
+    of nats (trl#6800). Padding has some position too, which nobody uses: 0 0 1 1 0 has 0 0 0 1 1.
     """
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
@@ -196,7 +196,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #   3. E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0          as sum_y pi(y|x) = 1
 #   4. E[b * grad log pi(y|x)] = b * 0 = 0                            so b(x) may be subtracted
 #   5. grad KL = E[log(pi / pi_ref) * grad log pi] + E[grad log pi]   the second term is 0, by 3
-#   6. A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s))     b = r(x, ybar): no critic
+#   6. grad (E[r] - beta * KL) = E[sum_t A_t * grad log pi(y_t|x,y_<t)]   from 1, 2, 4 and 5, with
+#      A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s))         and b = r(x, ybar)
 #
 # Line 1 is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
 #
@@ -214,7 +215,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # of line 1, with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
-# Line 6: line 3 holds for a single token too, given those before it. So
+# Line 6 is what remax_loss computes. Its A_t holds the log-ratios of the tokens from t on, not of
+# all tokens. For line 3 holds for a single token too, given those before it:
 #   E[c * grad log pi(y_t|x,y_<t)] = 0   for every number c that is fixed before y_t is drawn.
 # The log-ratios of the tokens before t are such numbers. Like b they leave the mean unchanged, and
 # are left out. r depends on the whole response, and stays.
@@ -259,7 +261,7 @@ class StepResult(NamedTuple):
     sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
-    seconds: dict  # of the rollout, of the score, and of the rest: the update
+    seconds: dict  # of the rollout, of the score, and of all the rest, called the update
 
 
 def remax_step(
@@ -327,7 +329,8 @@ def remax_step(
                 reference, prompt, attention_mask, response, mask, micro_batch_size
             )  # (B,T)
 
-    # 5. Gradient. Gradient checkpointing works in train() mode alone. (There is no dropout.)
+    # 5. Gradient. The log-probs of the policy once more: those of the rollout carry no gradient.
+    # Gradient checkpointing works in train() mode alone. (There is no dropout.)
     policy.train()
     batch_loss = torch.zeros((), device=device)
     logprobs = []
@@ -518,7 +521,9 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None or value is True:  # not given, or switched on
+    if value is None:  # not given
+        return as_flag(name)
+    if value is True:
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -724,14 +729,19 @@ def check_end_of_turn(tokenizer, chat):
         raise BadInput(reason, "model", "eos_token")
 
 
-def encode_texts(tokenizer, texts):
-    """The token ids of each text. Some tokenizers add EOS at the end: it is taken away again."""
-    encoded = tokenizer(texts)["input_ids"]
+def adds_eos(tokenizer):
+    """Whether a tokenizer puts EOS behind every text, as T5's does."""
+    last_id = tokenizer("a")["input_ids"][-1:]
+    own_last_id = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     eos = [tokenizer.eos_token_id]
-    ids = tokenizer("a")["input_ids"]
-    own_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-    adds_eos = ids[-1:] == eos and own_ids[-1:] != eos  # an unknown "a" may be EOS itself
-    if adds_eos:
+    # own_last_id may be EOS too: some tokenizers write an unknown "a" as EOS.
+    return last_id == eos and own_last_id != eos
+
+
+def encode_texts(tokenizer, texts):
+    """The token ids of each text, without an EOS that the tokenizer adds: the text goes on."""
+    encoded = tokenizer(texts)["input_ids"]
+    if adds_eos(tokenizer):
         encoded = [ids[:-1] for ids in encoded]
     return encoded
 
@@ -778,15 +788,12 @@ def fill_columns(rows):
 
 
 def check_columns(columns, prompt_column):
-    """Raise ValueError for columns that cannot be passed to reward(prompts=, completions=, ...).
-
-    Nor can a column named self: RewardModel.__call__ has an argument of this name.
-    """
+    """Raise ValueError for columns that cannot be passed to reward(prompts=, completions=, ...)."""
     if prompt_column not in columns:
         names = ", ".join(str(name) for name in columns)
         raise ValueError(f"there is no column {prompt_column}, only {names}")
     for name in columns:
-        if name in ("prompts", "completions", "self") and name != prompt_column:
+        if name in ("prompts", "completions") and name != prompt_column:
             raise ValueError(f"rename the column {name}: rewards get something else by this name")
 
 
@@ -967,7 +974,7 @@ class RewardModel:
         return self.tokenizer(texts, add_special_tokens=False, **options)  # the template wrote them
 
     @torch.no_grad()
-    def __call__(self, prompts, completions, **columns):
+    def __call__(self, /, prompts, completions, **columns):  # /: a column may be named self
         conversations = []  # texts are joined to a text, lists of messages to a list
         for prompt, completion in zip(prompts, completions, strict=True):
             conversations.append(prompt + completion)
@@ -1021,16 +1028,17 @@ def reward_arguments(tokenizer, rows, responses):
     return arguments
 
 
-@blame("reward")
 def as_rewards(values, N, device):
     """What a reward function returned, as a tensor (N,). Raises BadInput for anything else."""
     try:
         rewards = torch.as_tensor(values, dtype=torch.float32, device=device).detach()
     except (TypeError, ValueError) as error:
         reason = f"rewards must be numbers; None is not supported: {shortened(values)}"
-        raise ValueError(reason) from error
-    if rewards.shape != (N,) or not rewards.isfinite().all():
-        raise ValueError(f"the reward must return {N} finite numbers, not {rewards}")
+        raise BadInput(reason, "reward") from error
+    if rewards.shape != (N,):
+        raise BadInput(f"the reward must return {N} numbers: {shortened(values)}", "reward")
+    if not rewards.isfinite().all():
+        raise BadInput(f"the reward must return finite numbers: {shortened(values)}", "reward")
     return rewards
 
 
@@ -1205,10 +1213,6 @@ MAY_CHANGE = (
     "resume",
 )
 
-# Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
-# token, means that decoding with a cache goes wrong for this model.
-LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
-
 
 def fingerprint(path):
     """A file's name and the hash of its content. 16 digits are enough to tell two files apart."""
@@ -1217,17 +1221,17 @@ def fingerprint(path):
 
 
 @blame("prompts", "reward")
-def flags_to_compare(args, dtype):
-    """The flags as texts, for --resume to compare: name -> text."""
-    flags = {name: as_text(value) for name, value in vars(args).items()}
-    flags["precision"] = str(dtype)  # auto may be another dtype on another device
+def args_as_texts(args, dtype):
+    """The arguments as texts, for --resume to compare: name -> text."""
+    texts = {name: as_text(value) for name, value in vars(args).items()}
+    texts["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files count by their content: they may have been edited since, or moved.
     if os.path.isfile(args.prompts):
-        flags["prompts"] = fingerprint(args.prompts)
+        texts["prompts"] = fingerprint(args.prompts)
     reward_file, function_name = split_function(args.reward)
     if os.path.isfile(reward_file):
-        flags["reward"] = f"{fingerprint(reward_file)}, {function_name}"
-    return flags
+        texts["reward"] = f"{fingerprint(reward_file)}, {function_name}"
+    return texts
 
 
 def lock(file):
@@ -1242,10 +1246,10 @@ def lock(file):
 
 
 @blame("output_dir")
-def read_checkpoint(args, flags, folder):
+def read_checkpoint(args, new_args, folder):
     """The checkpoint that --resume goes on from. Raises BadInput if other flags made it.
 
-    flags: this run's, as flags_to_compare() returns them.
+    new_args: this run's, as args_as_texts() returns them.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -1257,12 +1261,13 @@ def read_checkpoint(args, flags, folder):
     if not isinstance(checkpoint, dict) or "args" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of remax.py")
     for name, old in checkpoint["args"].items():
-        new = flags.get(name)
-        is_longer_run = name == "steps" and int(new) > int(old)
-        may_differ = name in MAY_CHANGE or is_longer_run
-        if new != old and not may_differ:
-            reason = f"{as_flag(name)} is {new}, but the run was made with {old}"
-            raise BadInput(reason, name, "output_dir")
+        new = new_args.get(name)
+        if new == old or name in MAY_CHANGE:
+            continue
+        if name == "steps" and int(new) > int(old):  # a longer run
+            continue
+        reason = f"{as_flag(name)} is {new}, but the run was made with {old}"
+        raise BadInput(reason, name, "output_dir")
     return checkpoint
 
 
@@ -1381,8 +1386,12 @@ class StopRequest:
             signal.signal(SIGHUP, self.on_hangup)
 
     def on_stop(self, number, frame):
-        if self.signal_number != 0:
-            self.end_now(number)
+        is_second = self.signal_number != 0
+        if is_second:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
+            os._exit(128 + number)
         self.signal_number = number
         message = b"\nstopping after this step; press again to stop now, unsaved\n"
         with suppress(OSError):  # nobody may be there to read it
@@ -1394,12 +1403,6 @@ class StopRequest:
         send_to_devnull(STANDARD_ERROR)
         self.signal_number = number
 
-    def end_now(self, number):
-        for child in multiprocessing.active_children():
-            child.terminate()
-        # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
-        os._exit(128 + number)
-
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
         number = torch.tensor(self.signal_number)
@@ -1408,8 +1411,8 @@ class StopRequest:
         return number.item()
 
 
-def in_words(metrics, prefix=""):
-    """reward, greedy reward and KL of a step or, with the prefix eval_, of an evaluation."""
+def format_metrics(metrics, prefix=""):
+    """Reward, greedy reward and KL of a step or, with the prefix eval_, of an evaluation."""
     reward = metrics[f"{prefix}reward"]
     greedy_reward = metrics[f"{prefix}greedy_reward"]
     kl = metrics[f"{prefix}kl"]
@@ -1430,7 +1433,7 @@ class Answer(NamedTuple):
     kl: float | None  # nats per response; None without a reference
 
 
-def sample_in_words(answer):
+def format_sample(answer):
     """A prompt, and below it the sampled and the greedy response with their rewards."""
     return (
         f"  > {answer.prompt}\n"
@@ -1439,7 +1442,7 @@ def sample_in_words(answer):
     )
 
 
-def batch_mean(values):
+def mean_over_processes(values):
     """The mean over all entries and all processes, as a number: all processes must call it."""
     mean = values.float().mean()
     average_over_processes(mean)
@@ -1451,24 +1454,24 @@ def step_metrics(result, eos_id):
     kl = None
     if result.ref_logprobs is not None:
         log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
-        kl = batch_mean(log_ratio.sum(1))  # in nats per response
-    tokens = batch_mean(result.mask.sum(1))
+        kl = mean_over_processes(log_ratio.sum(1))  # in nats per response
+    tokens = mean_over_processes(result.mask.sum(1))
     # The next two are in nats per token: the mean sum over a response, divided by its mean length.
-    entropy = batch_mean(-result.logprobs.sum(1)) / tokens
+    entropy = mean_over_processes(-result.logprobs.sum(1)) / tokens
     difference = (result.logprobs - result.sampling_logprobs).abs() * result.mask  # (B,T)
-    sampling_logp_difference = batch_mean(difference.sum(1)) / tokens
-    grad_norm = batch_mean(result.grad_norm)
+    sampling_logp_difference = mean_over_processes(difference.sum(1)) / tokens
+    grad_norm = mean_over_processes(result.grad_norm)
     return {
-        "reward": batch_mean(result.reward),
-        "greedy_reward": batch_mean(result.greedy_reward),
-        "advantage": batch_mean(result.reward - result.baseline),
-        "zero_advantage": batch_mean(result.reward == result.baseline),
+        "reward": mean_over_processes(result.reward),
+        "greedy_reward": mean_over_processes(result.greedy_reward),
+        "advantage": mean_over_processes(result.reward - result.baseline),
+        "zero_advantage": mean_over_processes(result.reward == result.baseline),
         "kl": kl,
         "entropy": entropy,
         "tokens": tokens,
-        "eos": batch_mean((result.response == eos_id).any(1)),
+        "eos": mean_over_processes((result.response == eos_id).any(1)),
         "sampling_logp_difference": sampling_logp_difference,
-        "loss": batch_mean(result.loss),
+        "loss": mean_over_processes(result.loss),
         "grad_norm": grad_norm,
         "skipped": 0.0 if math.isfinite(grad_norm) else 1.0,
     }
@@ -1478,6 +1481,11 @@ def seed_of_step(seed, step):
     """A number of 32 bits, another one for every seed and step."""
     generator = random.Random(f"{seed}/{step}")  # a text may be a seed
     return generator.getrandbits(32)
+
+
+# Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
+# token, means that decoding with a cache goes wrong for this model.
+LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 class Run:
@@ -1503,7 +1511,7 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
         # What is quickly checked: flags, tokenizer and output folder.
-        self.flags = flags_to_compare(args, self.dtype)  # now: files may change during the run
+        self.args_as_texts = args_as_texts(args, self.dtype)  # now: files may change during the run
         check_policy(args)
         self.tokenizer = load_policy_tokenizer(args)
         self.folder = Path(args.output_dir).resolve()
@@ -1512,7 +1520,7 @@ class Run:
             self.metrics_file = open_metrics(args, self.folder)
         checkpoint = None
         if args.resume:
-            checkpoint = read_checkpoint(args, self.flags, self.folder)
+            checkpoint = read_checkpoint(args, self.args_as_texts, self.folder)
 
         # What takes time: prompts, reward and models.
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
@@ -1564,6 +1572,18 @@ class Run:
         difference = ((expected - logprobs) * mask).abs().sum() / mask.sum()
         self.check_sampler(difference.item(), torch.float32)
 
+    def check_sampler(self, difference, dtype):
+        """Refuse a model whose decoding with a cache is not what its full forward computes.
+
+        difference: mean |log-prob as drawn - log-prob as trained| in nats per token.
+        """
+        if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:
+            reason = (
+                f"sampling_logp_difference is {difference:.2g} nats per token: the cached decoding "
+                f"of {type(self.policy).__name__} is not what its full forward computes"
+            )
+            raise BadInput(reason, "model", "precision")
+
     def move_frozen_models(self):
         """Put reference and reward model on the policy's device."""
         if self.reference is not None:
@@ -1612,11 +1632,15 @@ class Run:
     def kl_to_reference(self, prompt, attention_mask, response):
         """The estimate of the KL from each response in nats, (B,)."""
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
-        inputs = (prompt, attention_mask, response, mask, self.args.micro_batch_size)
+        size = self.args.micro_batch_size
         with computing_in(self.dtype, self.device):  # as in training
-            logprobs = logprobs_without_gradient(self.policy, *inputs)  # (B,T)
+            logprobs = logprobs_without_gradient(
+                self.policy, prompt, attention_mask, response, mask, size
+            )  # (B,T)
             with on_device(self.reference, self.device):
-                ref_logprobs = logprobs_without_gradient(self.reference, *inputs)  # (B,T)
+                ref_logprobs = logprobs_without_gradient(
+                    self.reference, prompt, attention_mask, response, mask, size
+                )  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
     def answer_rows(self, rows):
@@ -1673,15 +1697,16 @@ class Run:
         }
         if self.reference is not None:
             metrics["eval_kl"] = statistics.fmean(answer.kl for answer in answers)
-        samples = [sample_in_words(answer) for answer in answers[:3]]
+        samples = [format_sample(answer) for answer in answers[:3]]
         return metrics, samples
 
     def evaluate_and_log(self, step):
+        """The first process evaluates. The others wait, at the next average over processes."""
         if self.rank > 0:
-            return  # the other processes wait at the next all_reduce
+            return
         metrics, samples = self.evaluate()
         self.log({"step": step} | metrics)
-        say(f"step {step}: held-out {in_words(metrics, 'eval_')}")
+        say(f"step {step}: held-out {format_metrics(metrics, 'eval_')}")
         for sample in samples:
             say(sample)
 
@@ -1696,11 +1721,10 @@ class Run:
         All noise of a step comes from --seed and the step. So a resumed run draws the same.
         """
         step_seed = seed_of_step(self.args.seed, step)
-        # First the same noise in all processes of torchrun: they draw one batch, and share it.
-        transformers.set_seed(step_seed)  # of random, numpy and torch: a reward may use any of them
-        batch = random.sample(self.training_rows, self.args.batch_size)
-        # Then noise of its own in each: they draw different responses.
-        torch.manual_seed(step_seed + self.rank)
+        transformers.set_seed(step_seed)  # of random and numpy: a reward may use them
+        torch.manual_seed(step_seed + self.rank)  # torchrun's processes draw different responses
+        # They all draw the same batch, and take turns: one takes rows 0, 2, 4, the other 1, 3, 5.
+        batch = random.Random(step_seed).sample(self.training_rows, self.args.batch_size)
         return batch[self.rank :: self.processes]
 
     def train_step(self, step):
@@ -1743,18 +1767,6 @@ class Run:
         self.log({"step": step, "lr": lr} | metrics)
         return metrics
 
-    def check_sampler(self, difference, dtype):
-        """Refuse a model whose decoding with a cache is not what its full forward computes.
-
-        difference: mean |log-prob as drawn - log-prob as trained| in nats per token.
-        """
-        if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:
-            reason = (
-                f"sampling_logp_difference is {difference:.2g} nats per token: the cached decoding "
-                f"of {type(self.policy).__name__} is not what its full forward computes"
-            )
-            raise BadInput(reason, "model", "precision")
-
     @blame("output_dir")
     def save(self, step):
         if self.rank > 0:
@@ -1763,7 +1775,7 @@ class Run:
         checkpoint = {
             "step": step,
             "metrics_bytes": os.fstat(self.metrics_file.fileno()).st_size,
-            "args": self.flags,
+            "args": self.args_as_texts,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -1773,13 +1785,13 @@ class Run:
     @blame("output_dir", "model")
     def save_model(self):
         """Save the policy and its tokenizer: as loaded, but for the weights and --eos-token."""
-        # load_policy() has set dropout to 0. It is saved as it was.
-        self.policy.config = AutoConfig.from_pretrained(self.args.model)
+        config = AutoConfig.from_pretrained(self.args.model)  # load_policy() has set dropout to 0
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)
         if self.args.eos_token is not None:  # generate() has to stop where training did
             tokenizer.eos_token = self.args.eos_token
-            self.policy.config.eos_token_id = self.tokenizer.eos_token_id
+            config.eos_token_id = self.tokenizer.eos_token_id
             self.policy.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        self.policy.config = config
         self.policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
 
@@ -1805,11 +1817,11 @@ class Run:
             raise BadInput(reason, "lr", "precision", "kl_coef")
 
     def show(self, bar, step, metrics):
-        """Write the step's metrics in front of the bar or, where there is none, as a line."""
-        if bar.disable:  # standard output is not a terminal
-            say(f"step {step}: {in_words(metrics)}")
+        """Write the step's metrics beside the bar, or in a log as a line."""
+        if sys.stdout.isatty():
+            bar.set_description_str(format_metrics(metrics), refresh=False)
         else:
-            bar.set_description_str(in_words(metrics), refresh=False)
+            say(f"step {step}: {format_metrics(metrics)}")
 
     def train(self, stop):
         """Take the steps that are left, with the evaluations and checkpoints that are due."""

@@ -35,7 +35,10 @@ ON_A_GPU += " --reward data/experiments/vader_reward.py:positive"
 SHIFTED = "--reward data/experiments/shifted_reward.py"
 EXPERIMENTS = {  # name: (seeds, {arm: flags})
     "tiny": (range(5), {"remax": "", "reinforce": "--baseline none", "batch": ""}),
-    "smollm2": ((1, 2, 3), {"remax": REVIEWS, "reinforce": f"{REVIEWS} --baseline none"}),
+    "smollm2": (
+        (1, 2, 3),
+        {"remax": REVIEWS, "reinforce": f"{REVIEWS} --baseline none", "batch": REVIEWS},
+    ),
     "smollm2_gpu": (range(1, 6), {"remax": ON_A_GPU, "reinforce": f"{ON_A_GPU} --baseline none"}),
     "smollm2_kl": ((1,), {"remax": f"{REVIEWS} --kl-coef 0.1"}),
     "chat": ((1,), {"remax": CHAT}),
@@ -44,19 +47,25 @@ EXPERIMENTS = {  # name: (seeds, {arm: flags})
         {
             "remax-0": f"{SHIFTED}:plus_0",
             "remax-5": f"{SHIFTED}:plus_5",
+            "remax-x": f"{SHIFTED}:plus_number_of_prompt",
             "reinforce-0": f"{SHIFTED}:plus_0 --baseline none",
             "reinforce-5": f"{SHIFTED}:plus_5 --baseline none",
+            "reinforce-x": f"{SHIFTED}:plus_number_of_prompt --baseline none",
+            "batch-0": f"{SHIFTED}:plus_0",
+            "batch-5": f"{SHIFTED}:plus_5",
+            "batch-x": f"{SHIFTED}:plus_number_of_prompt",
         },
     ),
 }
-SCRIPTS = {"batch": "data/experiments/batch_mean.py"}  # arm: its script; the others are remax.py's
+BATCH_MEAN = "data/experiments/batch_mean.py"  # the script of the arms whose name begins with batch
 PACKAGES = ("torch", "transformers", "datasets")
 
 
 def run_arm(experiment, arm, seed, flags, threads):
     """Run one command, copy its metrics and return what there is to say about it."""
     output = f"runs/arms/{experiment}-{arm}-{seed}"
-    command = ["python", SCRIPTS.get(arm, "remax.py"), *shlex.split(flags), "--seed", str(seed)]
+    script = BATCH_MEAN if arm.startswith("batch") else "remax.py"
+    command = ["python", script, *shlex.split(flags), "--seed", str(seed)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     folder = ROOT / "data/results" / experiment
     log = f"{arm}-{seed}.jsonl"

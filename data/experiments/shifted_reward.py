@@ -1,10 +1,12 @@
-"""The tiny world's reward as log-odds, and the same with a constant added to it.
+"""The tiny world's reward as log-odds, and the same with something added to it.
 
-A reward model that was trained on comparisons is defined only up to such a constant.
+A reward model is trained to compare two responses to the same prompt. So it is defined only up to a
+number that may be another one for every prompt.
 
 python remax.py --reward data/experiments/shifted_reward.py:plus_5
 """
 
+import zlib
 from pathlib import Path
 
 import torch
@@ -26,3 +28,9 @@ def plus_0(prompts, completions, **kwargs):
 
 def plus_5(prompts, completions, **kwargs):
     return plus_0(prompts, completions) + 5
+
+
+def plus_number_of_prompt(prompts, completions, **kwargs):
+    """Add a whole number from -5 to 5 that depends on the prompt alone."""
+    numbers = [zlib.crc32(prompt.encode()) % 11 - 5 for prompt in prompts]
+    return plus_0(prompts, completions) + torch.tensor(numbers)
