@@ -118,14 +118,27 @@ def draw_shifted(ax, key, ylabel, subtract_c=False):
     ax.set_ylabel(ylabel)
 
 
+def draw_number_of_prompt(ax):
+    """The tiny world's KL with a number of the prompt added to the reward, and without."""
+    for arm, label, colour, style in (
+        ("remax", "ReMax", COLOURS[0], "-"),
+        ("batch", "mean of other prompts", COLOURS[2], "--"),
+    ):
+        for c, words in ("0", "nothing added"), ("x", "c(x) added"):
+            markers = {"marker": "o", "markevery": 6, "ms": 5} if c == "x" else {}
+            runs = logs("shift", f"{arm}-{c}")
+            line(ax, runs, "kl", f"{label}, {words}", colour, style, **markers)
+    ax.set_title("Tiny world: c(x) added to the reward, 5 seeds")
+    ax.set_ylabel("KL to the reference, nats")
+    ax.set_ylim(0, 48)  # room for the legend
+    ax.legend(loc="upper left")
+
+
 def draw_headline():
-    """Left the real model, right what a constant added to the reward does to the KL."""
+    """Left the real model, right what a number of the prompt does to the KL of two baselines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
     draw_real_model(left)
-    draw_shifted(right, "kl", "KL to the reference, nats")
-    right.set_title("Tiny world: c added to the reward, 5 seeds")
-    right.set_ylim(bottom=0)
-    right.legend(loc="upper right")
+    draw_number_of_prompt(right)
     for ax in left, right:
         ax.set_xlabel("step")
     return figure
