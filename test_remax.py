@@ -702,21 +702,23 @@ def test_kl_of_two_known_distributions_is_lowered_by_descent():
     assert logprobs.grad[:, 0].tolist() == pytest.approx((k1 / 2).tolist())
 
 
-def test_a_constant_added_to_the_reward_changes_no_gradient():
+@pytest.mark.parametrize("added", [[5.0, 5.0, 5.0, 5.0], [-5.0, 0.0, 3.0, 5.0]])
+def test_a_constant_added_to_the_reward_of_each_prompt_changes_no_gradient(added):
     """b holds it too; REINFORCE, without b, is moved by it."""
+    added = torch.tensor(added * 2)  # for the sampled and for the greedy responses
     gradients = {}
-    for greedy, constant in product((True, False), (0.0, 5.0)):
+    for greedy, number in product((True, False), (torch.zeros(8), added)):
         policy = make("gpt2")
         before = weights(policy)
 
-        def reward(responses, constant=constant):
-            return mean_token(responses) + constant
+        def reward(responses, number=number):
+            return mean_token(responses) + number
 
         metrics = step(policy, make("gpt2", seed=1), reward, greedy_baseline=greedy)
-        gradients[greedy, constant] = before - weights(policy), metrics["kl"]
-    assert error(gradients[True, 5.0][0], gradients[True, 0.0][0]) < 1e-4
-    assert gradients[True, 5.0][1] == gradients[True, 0.0][1]
-    assert error(gradients[False, 5.0][0], gradients[False, 0.0][0]) > 0.1
+        gradients[greedy, number is added] = before - weights(policy), metrics["kl"]
+    assert error(gradients[True, True][0], gradients[True, False][0]) < 1e-4
+    assert gradients[True, True][1] == gradients[True, False][1]
+    assert error(gradients[False, True][0], gradients[False, False][0]) > 0.1
 
 
 # =================================================================================================
