@@ -625,10 +625,18 @@ def read_table(file, delimiter):
     """The rows below the first line of a table, which names the columns."""
     # strict: a quotation mark that is never closed is an error, and swallows no rows.
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    rows = []
     try:
-        return list(reader)
+        for row in reader:
+            # DictReader keeps values beyond the last column under None, and fills up with None.
+            if None in row or None in row.values():
+                raise ValueError(f"the row at line {reader.line_num} does not fit the columns")
+            rows.append(row)
     except csv.Error as error:
         raise ValueError(f"the row after line {reader.line_num} is wrong: {error}") from error
+    if len(set(reader.fieldnames)) < len(reader.fieldnames):
+        raise ValueError("two columns have the same name")
+    return rows
 
 
 def open_text(path):
@@ -652,7 +660,7 @@ def read_file(path):
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     if suffix == ".parquet":
-        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist(maps_as_pydicts="strict")
     with open_text(path) as file:
         if suffix == ".txt":
             return [{"prompt": line.rstrip("\r\n")} for line in file]
@@ -729,20 +737,15 @@ def check_end_of_turn(tokenizer, chat):
         raise BadInput(reason, "model", "eos_token")
 
 
-def adds_eos(tokenizer):
-    """Whether a tokenizer puts EOS behind every text, as T5's does."""
-    last_id = tokenizer("a")["input_ids"][-1:]
-    own_last_id = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    eos = [tokenizer.eos_token_id]
-    # own_last_id may be EOS too: some tokenizers write an unknown "a" as EOS.
-    return last_id == eos and own_last_id != eos
-
-
 def encode_texts(tokenizer, texts):
-    """The token ids of each text, without an EOS that the tokenizer adds: the text goes on."""
-    encoded = tokenizer(texts)["input_ids"]
-    if adds_eos(tokenizer):
-        encoded = [ids[:-1] for ids in encoded]
+    """The token ids of each text, without what a tokenizer puts behind it: the text goes on."""
+    batch = tokenizer(texts, return_special_tokens_mask=True)
+    encoded = []
+    for ids, is_added in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
+        length = len(ids)
+        while length > 0 and is_added[length - 1]:  # T5's tokenizer puts EOS there
+            length -= 1
+        encoded.append(ids[:length])
     return encoded
 
 
@@ -772,9 +775,8 @@ def check_rows(rows):
     if len(rows) == 0:
         raise ValueError("there are 0 prompts")
     for number, row in enumerate(rows, 1):
-        # csv.DictReader keeps the values beyond the last column under the key None.
-        if not isinstance(row, dict) or None in row:
-            raise ValueError(f"row {number} does not fit the columns: {shortened(row)}")
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} has no columns: {shortened(row)}")
 
 
 def fill_columns(rows):
@@ -819,7 +821,7 @@ class PromptRow(NamedTuple):
     prompt_ids: list  # the tokens that the policy sees
     prompt_text: str  # the text of these tokens
     is_cut: bool  # the prompt was longer than --max-prompt-tokens
-    prompt: str | list  # what a reward gets: the text or, whole, the chat
+    prompt: str | list  # what a reward gets: text or chat as it stands in the data, unless cut
     columns: dict  # what else a reward gets: the other columns
 
 
@@ -832,6 +834,12 @@ def cut_ids(tokenizer, ids, length):
     return ids
 
 
+def decode(tokenizer, ids):
+    """The text of these tokens, as it stands, without special tokens."""
+    # Some tokenizers would clean it up: "they ' re" would become "they're".
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def make_row(args, tokenizer, values, ids):
     """A PromptRow. Too long a text is cut; a chat cannot be cut.
 
@@ -842,12 +850,12 @@ def make_row(args, tokenizer, values, ids):
     is_cut = len(ids) > args.max_prompt_tokens and not is_chat
     if is_cut:
         ids = cut_ids(tokenizer, ids, args.max_prompt_tokens)
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = decode(tokenizer, ids)
     return PromptRow(
         prompt_ids=ids,
         prompt_text=text,
         is_cut=is_cut,
-        prompt=prompt if is_chat else text,
+        prompt=text if is_cut else prompt,
         columns={name: values[name] for name in values if name != args.prompt_column},
     )
 
@@ -871,6 +879,14 @@ def say_what_was_read(args, rows, held_out_count, dataset):
     say(message)
 
 
+def warn_of_repeated_prompts(training_rows, held_out_rows):
+    """Say so if held-out prompts are trained on too: prompts may repeat, or be cut to the same."""
+    trained_on = {tuple(row.prompt_ids) for row in training_rows}
+    repeated = sum(tuple(row.prompt_ids) in trained_on for row in held_out_rows)
+    if repeated > 0:
+        say(f"warning: {repeated} of the held-out prompts are among the training prompts too")
+
+
 def load_prompts(args, tokenizer):
     """Return (training rows, held-out rows), both lists of PromptRows."""
     dataset, encoded = read_prompts(args, tokenizer)
@@ -884,6 +900,7 @@ def load_prompts(args, tokenizer):
     say_what_was_read(args, rows, held_out_count, dataset)
     held_out_rows = rows[:held_out_count]
     training_rows = rows[held_out_count:]
+    warn_of_repeated_prompts(training_rows, held_out_rows)
     if len(training_rows) < args.batch_size:
         reason = f"{len(training_rows)} prompts to train on are fewer than one batch"
         raise BadInput(reason, "prompts", "max_prompt_tokens", "batch_size")
@@ -893,7 +910,9 @@ def load_prompts(args, tokenizer):
 def collate(tokenizer, rows, device):
     """prompt, attention_mask (B,P), padded on the left, so that all responses start in column P."""
     inputs = {"input_ids": [row.prompt_ids for row in rows]}
-    batch = tokenizer.pad(inputs, padding_side="left", return_tensors="pt").to(device)
+    batch = tokenizer.pad(
+        inputs, padding_side="left", return_attention_mask=True, return_tensors="pt"
+    ).to(device)
     return batch["input_ids"], batch["attention_mask"]
 
 
@@ -953,8 +972,8 @@ class RewardModel:
         self.model.requires_grad_(False)
         # A GPT-2 classifier reads the last token that is no padding: it must know the padding.
         self.model.config.pad_token_id = tokenizer.pad_token_id
-        positions = getattr(config, "max_position_embeddings", 512)
-        self.max_length = min(tokenizer.model_max_length, positions)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions or math.inf)
         self.device = device  # where it computes; with --offload its home is the CPU
 
     @blame("reward", "prompts")
@@ -963,7 +982,7 @@ class RewardModel:
         options = {
             "padding": True,
             "truncation": True,
-            "max_length": self.max_length,
+            "return_attention_mask": True,
             "return_tensors": "pt",
         }
         if isinstance(conversations[0], str):
@@ -1002,14 +1021,18 @@ def decode_responses(tokenizer, rows, responses):
 
     Prompt and response are decoded together, and the prompt's text is cut off: "The plot was warm"
     without "The plot" leaves " was warm". Llama's tokenizer would drop the first space of a
-    response that is decoded alone.
+    response that is decoded alone. But where a response changes the text of the prompt, as half an
+    emoji behind a whole one may, it is decoded alone.
     """
     # Padding is cut off first: decode() leaves out special tokens alone, and not every EOS is one.
     lengths = response_mask(responses, tokenizer.eos_token_id).sum(1).tolist()
     texts = []
     for row, ids, length in zip(rows, responses.tolist(), lengths, strict=True):
-        text = tokenizer.decode(row.prompt_ids + ids[:length], skip_special_tokens=True)
-        texts.append(text[len(row.prompt_text) :])
+        both = decode(tokenizer, row.prompt_ids + ids[:length])
+        if both.startswith(row.prompt_text):
+            texts.append(both.removeprefix(row.prompt_text))
+        else:
+            texts.append(decode(tokenizer, ids[:length]))
     return texts
 
 
@@ -1156,6 +1179,8 @@ def load_policy(args):
     turn_off_noise(config)  # before the modules read it
     # float32: bfloat16 weights would round an update of 1e-6 away.
     policy = load_model(AutoModelForCausalLM, args.model, config=config, dtype=torch.float32)
+    if policy.config.model_type != config.model_type:
+        say(f"{as_text(args.model)}: only its language model is trained and saved")
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -1215,22 +1240,30 @@ MAY_CHANGE = (
 
 
 def fingerprint(path):
-    """A file's name and the hash of its content. 16 digits are enough to tell two files apart."""
-    digits = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return f"{Path(path).name} with the sha256 {digits[:16]}"
+    """The name of a file or folder, and the hash of its content: of the files right in a folder.
+
+    16 digits are enough to tell two contents apart.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    content = hashlib.sha256()
+    for file in files:
+        content.update(file.read_bytes())
+    return f"{path.name} with the sha256 {content.hexdigest()[:16]}"
 
 
-@blame("prompts", "reward")
+@blame("model", "prompts", "reward")
 def args_as_texts(args, dtype):
     """The arguments as texts, for --resume to compare: name -> text."""
     texts = {name: as_text(value) for name, value in vars(args).items()}
     texts["precision"] = str(dtype)  # auto may be another dtype on another device
-    # Files count by their content: they may have been edited since, or moved.
-    if os.path.isfile(args.prompts):
-        texts["prompts"] = fingerprint(args.prompts)
-    reward_file, function_name = split_function(args.reward)
-    if os.path.isfile(reward_file):
-        texts["reward"] = f"{fingerprint(reward_file)}, {function_name}"
+    # Files and folders count by their content: they may have been edited since, or moved.
+    reward_path, _ = split_function(args.reward)
+    for name, path in ("model", args.model), ("prompts", args.prompts), ("reward", reward_path):
+        if os.path.exists(path):
+            texts[name] = getattr(args, name).replace(path, fingerprint(path))
     return texts
 
 
@@ -1288,7 +1321,8 @@ def refuse_old_run(args, folder):
             f"{args.output_dir} holds a run: --resume continues it, "
             "another --output-dir starts a new one"
         )
-    if (folder / "metrics.jsonl").stat().st_size > 0:
+    has_metrics = (folder / "metrics.jsonl").stat().st_size > 0
+    if has_metrics or (folder / "model").exists():
         raise ValueError(
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
@@ -1484,7 +1518,7 @@ def seed_of_step(seed, step):
 
 
 # Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
-# token, means that decoding with a cache goes wrong for this model.
+# token, means that a cache or padding goes wrong for this model.
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
@@ -1554,7 +1588,10 @@ class Run:
             )
 
     def check_decoding(self):
-        """Draw a few tokens and check them, before any time is spent on a model that fails."""
+        """Draw a few tokens and check them, before any time is spent on a model that fails.
+
+        They are drawn with a cache and with padding, and their log-probs computed without either.
+        """
         rows = self.training_rows[:8]  # of several lengths, so that most of them are padded
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
@@ -1567,20 +1604,27 @@ class Run:
         except ValueError as error:  # it has no cache
             raise BadInput(str(error), "model") from error
         mask = response_mask(response, eos_id)  # (B,T)
-        with torch.no_grad():
-            expected = token_logprobs(self.policy, prompt, attention_mask, response, mask)  # (B,T)
-        difference = ((expected - logprobs) * mask).abs().sum() / mask.sum()
-        self.check_sampler(difference.item(), torch.float32)
+        expected = []
+        for i, row in enumerate(rows):
+            alone = torch.tensor([row.prompt_ids], device=self.device)  # (1,P), without padding
+            part = slice(i, i + 1)  # one row
+            with torch.no_grad():
+                expected_part = token_logprobs(
+                    self.policy, alone, torch.ones_like(alone), response[part], mask[part]
+                )  # (1,T)
+            expected.append(expected_part)
+        difference = (torch.cat(expected) - logprobs).abs() * mask  # (B,T)
+        self.check_sampler((difference.sum() / mask.sum()).item(), torch.float32)
 
     def check_sampler(self, difference, dtype):
-        """Refuse a model whose decoding with a cache is not what its full forward computes.
+        """Refuse a model whose decoding is not what its full forward computes.
 
         difference: mean |log-prob as drawn - log-prob as trained| in nats per token.
         """
         if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:
             reason = (
-                f"sampling_logp_difference is {difference:.2g} nats per token: the cached decoding "
-                f"of {type(self.policy).__name__} is not what its full forward computes"
+                f"sampling_logp_difference is {difference:.2g} nats per token: with cache and "
+                f"padding {type(self.policy).__name__} computes something else than without"
             )
             raise BadInput(reason, "model", "precision")
 
@@ -1786,11 +1830,21 @@ class Run:
     def save_model(self):
         """Save the policy and its tokenizer: as loaded, but for the weights and --eos-token."""
         config = AutoConfig.from_pretrained(self.args.model)  # load_policy() has set dropout to 0
+        if config.model_type != self.policy.config.model_type:  # it sees images too
+            config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)
-        if self.args.eos_token is not None:  # generate() has to stop where training did
-            tokenizer.eos_token = self.args.eos_token
-            config.eos_token_id = self.tokenizer.eos_token_id
-            self.policy.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        eos_id = self.tokenizer.eos_token_id
+        # Not an ordinary token such as ".": saved as EOS it would be cut out of every text.
+        if eos_id in tokenizer.added_tokens_decoder:
+            tokenizer.eos_token = self.tokenizer.eos_token
+        # generate() has to stop where training did.
+        generation_config = self.policy.generation_config
+        stops = generation_config.eos_token_id
+        if not isinstance(stops, list):  # a number, or None
+            stops = [stops]
+        if eos_id not in stops:
+            config.eos_token_id = eos_id
+            generation_config.eos_token_id = eos_id
         self.policy.config = config
         self.policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")

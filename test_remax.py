@@ -302,6 +302,17 @@ WRONG_CACHE = {
         "FalconMambaConfig",
         {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     ),
+    # This one counts padding as positions: it is another model where a prompt is padded.
+    "roformer": (
+        "RoFormerConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "is_decoder": True,
+        },
+    ),
 }
 
 
@@ -1378,6 +1389,43 @@ def test_reward_of_a_gpt2_classifier(tmp_path, labels):
         assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_padding_is_masked_whatever_inputs_a_tokenizer_names(tmp_path):
+    """Some name input_ids alone, and return no attention_mask unless they are asked."""
+    shutil.copytree(TINY / "reward", tmp_path / "reward")
+    path = tmp_path / "reward/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids"]}))
+    prompts, completions = ["The plot", "The film"], [" was superb.", " put me to sleep. I left."]
+    expected = remax.RewardModel(str(TINY / "reward"), torch.float32, CPU)(prompts, completions)
+    found = remax.RewardModel(str(tmp_path / "reward"), torch.float32, CPU)(prompts, completions)
+    assert torch.equal(found, expected)
+    tokenizer = remax.load_policy_tokenizer(tiny_args())
+    tokenizer.model_input_names = ["input_ids"]
+    rows = [remax.PromptRow([5] * n, "", False, "", {}) for n in (1, 3)]
+    assert remax.collate(tokenizer, rows, CPU)[1].tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_a_reward_model_without_a_largest_position_reads_whole_texts(tmp_path):
+    """Such as Bloom, which has none. GPT-2 has 64 here: it reads the end of a text."""
+    sizes = {"vocab_size": 700, "hidden_size": 16, "n_layer": 1, "n_head": 2, "num_labels": 1}
+    configs = {
+        "gpt2": transformers.GPT2Config(**sizes, n_positions=64),
+        "bloom": transformers.BloomConfig(**sizes),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
+        tokenizer.model_max_length = int(1e30)  # it names no limit either
+        tokenizer.save_pretrained(tmp_path / name)
+        reward = remax.RewardModel(str(tmp_path / name), torch.float32, CPU)
+        long = " was warm" * 600
+        one, other = reward(["The plot", "It is a bad film"], [long, long]).tolist()
+        assert (one == other) == (name == "gpt2")
+
+
 ROWS = [remax.PromptRow([5], "a", False, "a", {})] * 2
 
 
@@ -1456,12 +1504,72 @@ def test_saved_model_is_the_checkpoint_but_for_its_weights(tiny_run):
     assert not torch.equal(weights(before), weights(after))
 
 
-def test_the_saved_model_stops_at_the_eos_token_that_it_was_trained_with(small, tmp_path):
-    go([*small, "--eos-token", "."], tmp_path / "run", "--steps", 1)
+def with_added_token(folder, token, **tokenizer_settings):
+    """A copy of the tiny policy whose tokenizer has one more special token."""
+    shutil.copytree(TINY / "policy", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    for name, value in tokenizer_settings.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    return len(tokenizer) - 1
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_the_saved_model_stops_at_the_eos_that_it_was_trained_with(by_flag, small, tmp_path):
+    """Named by --eos-token, or by the tokenizer where generation_config.json names another one."""
+    settings = {} if by_flag else {"eos_token": "<end>"}
+    eos_id = with_added_token(tmp_path / "policy", "<end>", **settings)
+    flags = [*small, "--model", tmp_path / "policy", "--reward", TINY / "reward", "--steps", 1]
+    go(flags, tmp_path / "run", *(["--eos-token", "<end>"] if by_flag else []))
     saved = tmp_path / "run/model"
-    assert AutoTokenizer.from_pretrained(saved).eos_token == "."
+    assert AutoTokenizer.from_pretrained(saved).eos_token == "<end>"
     policy = AutoModelForCausalLM.from_pretrained(saved)
-    assert policy.config.eos_token_id == policy.generation_config.eos_token_id == 14
+    assert policy.config.eos_token_id == policy.generation_config.eos_token_id == eos_id
+
+
+def test_an_ordinary_token_as_eos_stays_ordinary_in_the_saved_tokenizer(small, tmp_path):
+    """Saved as the tokenizer's EOS it would be split off from words, and not be decoded."""
+    go([*small, "--eos-token", "."], tmp_path / "run", "--steps", 1)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    original = AutoTokenizer.from_pretrained(TINY / "policy")
+    ids = original("The plot was warm. It was 3.5 hours").input_ids
+    assert saved("The plot was warm. It was 3.5 hours").input_ids == ids
+    assert saved.decode(ids, skip_special_tokens=True) == original.decode(ids)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert policy.generation_config.eos_token_id == 14
+
+
+def test_several_eos_of_a_checkpoint_stay(small, tmp_path):
+    """Such as Llama 3's, if the one that training stops at is among them."""
+    shutil.copytree(TINY / "policy", tmp_path / "policy")
+    path = tmp_path / "policy/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [14, 0]}))
+    flags = [*small, "--model", tmp_path / "policy", "--reward", TINY / "reward", "--steps", 1]
+    go(flags, tmp_path / "run")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert policy.generation_config.eos_token_id == [14, 0]
+
+
+def test_of_a_model_that_sees_images_the_language_model_is_trained_and_saved(tmp_path, capsys):
+    options = FAMILIES["qwen3_5_nested"][1]
+    text_config = options["text_config"] | {"vocab_size": 700, "tie_word_embeddings": True}
+    config = transformers.Qwen3_5Config(**options | {"text_config": text_config})
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "policy")
+    AutoTokenizer.from_pretrained(TINY / "policy").save_pretrained(tmp_path / "policy")
+    flags = ["--model", tmp_path / "policy", "--reward", TINY / "reward", "--steps", 1]
+    go([*flags, "--max-prompt-tokens", 20, "--max-new-tokens", 4], tmp_path / "run")
+    assert "policy: only its language model is trained and saved" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert saved["model_type"] == "qwen3_5_text"
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_saved_tokenizer_is_the_one_found(tiny_run):
@@ -1580,7 +1688,7 @@ def test_a_model_whose_cache_is_wrong_is_refused_by_name(family, tmp_path, capsy
     flags += ["--reward", f"{DATA}/experiments/shifted_reward.py:plus_0", "--steps", 1]
     code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run")
     assert code == 1
-    assert f"the cached decoding of {type(model).__name__} is not" in said[-2]
+    assert f"{type(model).__name__} computes something else" in said[-2]
     assert "--model" in said[-1]
     assert read_metrics(tmp_path / "run") == []  # before any time was spent
 
@@ -1837,6 +1945,8 @@ FILES = {  # name: content
     )
     * 60,
     "ragged.csv": "prompt\nThe plot,and more\n",
+    "short.csv": "prompt,answer\nThe plot,1\nThe cast\n" * 20,
+    "twice.csv": "prompt,answer,answer\n" + "The plot,1,2\n" * 60,
     "list.json": "[1, 2]",
     "roleless.jsonl": json.dumps({"prompt": CHAT}) + '\n{"prompt": [{"content": "Hello"}]}\n',
     "mixed.jsonl": '{"prompt": "The plot"}\n' + json.dumps({"prompt": CHAT}) + "\n",
@@ -1887,7 +1997,9 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts null_content.jsonl --model {chat}", "row 1 text --prompts"),
     ("--prompts parts.jsonl --model {chat}", "row 1 text --prompts"),
     ("--prompts answered.jsonl --model {chat}", "row 1 answer --prompts"),
-    ("--prompts ragged.csv", "row 1 columns --prompts"),
+    ("--prompts ragged.csv", "line 2 columns --prompts"),
+    ("--prompts short.csv", "line 3 columns --prompts"),
+    ("--prompts twice.csv", "two columns name --prompts"),
     ("--prompts unclosed.csv", "after line 2 wrong --prompts"),
     ("--prompts list.json", "row 1 columns --prompts"),
     ("--prompts chat.jsonl --model {tmp}/two_ends", "<end> --eos-token"),
@@ -2257,14 +2369,69 @@ def test_no_prompt_is_cut_within_a_letter(tokenizer, tmp_path):
         assert row.prompt_text == tokenizer.decode(row.prompt_ids)
 
 
-def test_a_tokenizer_that_ends_texts_with_eos_ends_no_prompt(tmp_path):
+@pytest.mark.parametrize("eos_token", ["<|endoftext|>", "."])
+def test_a_tokenizer_that_ends_texts_with_eos_ends_no_prompt(eos_token):
+    """Also if --eos-token names another one. An EOS that a person typed stays."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
     )
-    tokenizer.pad_token = tokenizer.eos_token
-    rows, _ = load(TINY / "prompts.jsonl", tokenizer)
-    assert all(row.prompt_ids[-1] != tokenizer.eos_token_id for row in rows)
+    tokenizer.eos_token = eos_token
+    ids = AutoTokenizer.from_pretrained(TINY / "policy")("The plot").input_ids
+    texts = ["The plot", "The plot<|endoftext|>", ""]
+    assert remax.encode_texts(tokenizer, texts) == [[0, *ids], [0, *ids, 0], []]
+
+
+def test_a_reward_gets_a_prompt_as_it_stands_in_the_data(tmp_path):
+    """Special tokens too, and what a tokenizer normalizes away; a prompt that is cut is cut."""
+    texts = ["The plot<|endoftext|>The film"] * 20 + ["The plot " * 30] * 20
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
+    tokenizer = remax.load_policy_tokenizer(tiny_args())
+    training_rows, held_out_rows = load(path, tokenizer, "--max-prompt-tokens", 8)
+    for row in training_rows + held_out_rows:
+        whole = "The plot<|endoftext|>The film" if not row.is_cut else row.prompt_text
+        assert remax.reward_arguments(tokenizer, [row], torch.tensor([[5, 0]]))["prompts"] == [
+            whole
+        ]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path, capsys):
+    lines = [{"prompt": f"The plot {i % 10}"} for i in range(100)] + [{"prompt": "The film"}]
+    load(write_jsonl(tmp_path / "prompts.jsonl", lines), tokenizer)
+    assert "of the held-out prompts are among the training prompts too" in capsys.readouterr().out
+    load(TINY / "prompts.jsonl", tokenizer)
+    assert "among" not in capsys.readouterr().out
+
+
+def test_a_response_that_changes_the_text_of_its_prompt_is_decoded_alone():
+    """Half a letter behind a whole one, where bytes are tokens as in Llama 2's tokenizer."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    bare = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    )
+    bare.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<unk>")
+    prompt_ids = [byte + 1 for byte in "é".encode()]
+    row = remax.PromptRow(prompt_ids, "é", False, "é", {})
+    half, whole = [0xC3 + 1, 0, 0], [byte + 1 for byte in "aé".encode()]
+    texts = remax.decode_responses(tokenizer, [row, row], torch.tensor([half, whole]))
+    assert texts == ["\ufffd", "aé"]
+
+
+def test_responses_are_not_cleaned_up():
+    """Some tokenizers ask for it: " ." would become "." and the prompt's text would not fit."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "policy")
+    asked = []
+
+    def decode(ids, **options):
+        asked.append(options)
+        return ""
+
+    tokenizer.decode = decode
+    remax.decode_responses(tokenizer, ROWS, torch.tensor([[5, 6], [5, 6]]))
+    assert all(options["clean_up_tokenization_spaces"] is False for options in asked)
 
 
 def test_weights_that_the_model_does_not_use_are_named(tmp_path, capsys):
@@ -2408,19 +2575,37 @@ def test_resume_without_a_checkpoint_is_refused_and_wipes_nothing(
     assert (tmp_path / "copy/model/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["prompts.jsonl", "reward.py"])
-def test_resume_with_a_changed_file_is_refused(tmp_path, capsys, name):
+@pytest.mark.parametrize("name", ["prompts.jsonl", "reward.py", "model"])
+def test_resume_with_a_changed_file_or_folder_is_refused(tmp_path, capsys, name):
     lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     (tmp_path / "reward.py").write_text("def f(prompts, **k):\n    return [1.0] * len(prompts)\n")
+    shutil.copytree(TINY / "policy", tmp_path / "model")
     flags = ["--prompts", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path}/reward.py:f"]
-    flags += ["--batch-size", 8, "--max-new-tokens", 4]
+    flags += ["--model", tmp_path / "model", "--batch-size", 8, "--max-new-tokens", 4]
     go(flags, tmp_path / "run", "--steps", 1)
-    with open(tmp_path / name, "a") as file:
-        file.write("\n")
+    if name == "model":  # another reference from now on
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        model.transformer.wte.weight.data += 0.1
+        model.save_pretrained(tmp_path / "model")
+    else:
+        with open(tmp_path / name, "a") as file:
+            file.write("\n")
     code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run", "--steps", 2, "--resume")
     assert code == 1
     assert f"--{name.split('.')[0]} is {name}" in said[-2]
+
+
+def test_a_folder_with_a_model_is_not_written_into(small, tmp_path, capsys):
+    """It may be the very model that --model names."""
+    shutil.copytree(TINY / "policy", tmp_path / "run/model")
+    flags = [*small, "--model", tmp_path / "run/model", "--reward", TINY / "reward"]
+    code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run", "--steps", 1)
+    assert code == 1
+    assert "holds a run without a checkpoint" in said[-2]
+    weights = "model.safetensors"
+    before = (TINY / "policy" / weights).read_bytes()
+    assert (tmp_path / "run/model" / weights).read_bytes() == before
 
 
 def test_no_check_is_an_assertion():
@@ -2940,7 +3125,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      ".gather(1, all_logprobs.argmax(1, keepdim=True))", "rollout_is_the_policy"),
     ("no cache, no refusal", "        if cache is None:\n", "        if False:\n",
      "keeps_no_cache"),
-    ("reward scored on prompt + response twice", "text[len(row.prompt_text) :]", "text",
+    ("reward scored on prompt + response twice", "both.removeprefix(row.prompt_text)", "both",
      "aligned"),
     ("reward model left-padded", 'padding_side="right"', 'padding_side="left"', "ignores_padding"),
     ("reward model without mask", "self.model(**batch)", 'self.model(batch["input_ids"])',
@@ -3003,7 +3188,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "row.columns[name]", "changes_its_arguments"),
     ("two runs in one folder", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
      "living_run"),
-    ("changed prompts file", "hashlib.sha256(Path(path).read_bytes())", "hashlib.sha256()",
+    ("changed prompts file", "content.update(file.read_bytes())", "pass",
      "changed_file"),
     ("tokens averaged over the wrong axis", 'mean_over_processes(result.mask.sum(1))',
      'mean_over_processes(result.mask.sum(0))', "figures_are"),
@@ -3020,7 +3205,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:", "if False:",
      "cache_is_wrong"),
     ("sampler not checked before the run",
-     "self.check_sampler(difference.item(), torch.float32)", "pass", "cache_is_wrong"),
+     "self.check_sampler((difference.sum() / mask.sum()).item(), torch.float32)", "pass",
+     "cache_is_wrong"),
     ("sampler not checked in the first step",
      'self.check_sampler(metrics["sampling_logp_difference"], self.dtype)', "pass",
      "wrong_sampler"),
