@@ -332,7 +332,7 @@ def remax_step(
     # 5. Gradient. The log-probs of the policy once more: those of the rollout carry no gradient.
     # Gradient checkpointing works in train() mode alone. (There is no dropout.)
     policy.train()
-    batch_loss = torch.zeros((), device=device)
+    batch_loss = 0.0
     logprobs = []
     for start in range(0, B, micro_batch_size):
         part = slice(start, start + micro_batch_size)  # N rows
@@ -624,17 +624,21 @@ def read_json(text):
 def read_table(file, delimiter):
     """The rows below the first line of a table, which names the columns."""
     # strict: a quotation mark that is never closed is an error, and swallows no rows.
-    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     rows = []
     try:
-        for row in reader:
-            # DictReader keeps values beyond the last column under None, and fills up with None.
-            if None in row or None in row.values():
-                raise ValueError(f"the row at line {reader.line_num} does not fit the columns")
-            rows.append(row)
+        columns = next(reader)
+        for values in reader:
+            if not values:  # an empty line
+                continue
+            if len(values) != len(columns):
+                raise ValueError(
+                    f"row {len(rows) + 1} does not fit the columns: {shortened(values)}"
+                )
+            rows.append(dict(zip(columns, values, strict=True)))
     except csv.Error as error:
-        raise ValueError(f"the row after line {reader.line_num} is wrong: {error}") from error
-    if len(set(reader.fieldnames)) < len(reader.fieldnames):
+        raise ValueError(f"row {len(rows) + 1} is wrong: {error}") from error
+    if len(set(columns)) < len(columns):
         raise ValueError("two columns have the same name")
     return rows
 
@@ -1260,10 +1264,13 @@ def args_as_texts(args, dtype):
     texts = {name: as_text(value) for name, value in vars(args).items()}
     texts["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files and folders count by their content: they may have been edited since, or moved.
-    reward_path, _ = split_function(args.reward)
-    for name, path in ("model", args.model), ("prompts", args.prompts), ("reward", reward_path):
-        if os.path.exists(path):
-            texts[name] = getattr(args, name).replace(path, fingerprint(path))
+    if os.path.exists(args.model):
+        texts["model"] = fingerprint(args.model)
+    if os.path.exists(args.prompts):
+        texts["prompts"] = fingerprint(args.prompts)
+    reward_path, function_name = split_function(args.reward)
+    if os.path.exists(reward_path):
+        texts["reward"] = f"{fingerprint(reward_path)}, {function_name}"
     return texts
 
 

@@ -1997,10 +1997,10 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts null_content.jsonl --model {chat}", "row 1 text --prompts"),
     ("--prompts parts.jsonl --model {chat}", "row 1 text --prompts"),
     ("--prompts answered.jsonl --model {chat}", "row 1 answer --prompts"),
-    ("--prompts ragged.csv", "line 2 columns --prompts"),
-    ("--prompts short.csv", "line 3 columns --prompts"),
+    ("--prompts ragged.csv", "row 1 columns --prompts"),
+    ("--prompts short.csv", "row 2 columns --prompts"),
     ("--prompts twice.csv", "two columns name --prompts"),
-    ("--prompts unclosed.csv", "after line 2 wrong --prompts"),
+    ("--prompts unclosed.csv", "row 2 wrong --prompts"),
     ("--prompts list.json", "row 1 columns --prompts"),
     ("--prompts chat.jsonl --model {tmp}/two_ends", "<end> --eos-token"),
     ("--prompts chat.jsonl --model {tmp}/raising", "template --prompts"),
@@ -3420,6 +3420,7 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     lower = max(1 - gb / measured[key] for key, gb in computed.items())
     on_gpu = arm_logs("smollm2_gpu", "remax") + arm_logs("smollm2_gpu", "reinforce")
     difference = max(row.get("sampling_logp_difference", 0) for log in on_gpu for row in log)
+    every_gradient_was_clipped = all(row.get("grad_norm", 2) > 1 for log in on_gpu for row in log)
     fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
     before_that, seconds = (row["seconds"] for row in read_results("gpu.jsonl"))
     on_cpu = [1 / row["ratio"]["ReMax/RLOO"] for row in read_results("cpu.jsonl")]
@@ -3463,6 +3464,7 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"in {len(SABOTAGE)} ways",
     ):
         assert sentence in TEXT, sentence
+    assert every_gradient_was_clipped
 
 
 def test_the_memory_and_disk_of_the_readme_are_the_logs_and_12_bytes_a_parameter():
