@@ -90,15 +90,20 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     """Draw a response to each prompt, and decode the greedy one beside it, in one loop.
 
     policy: a Hugging Face causal language model in eval() mode.
-    prompt, attention_mask: (B,P), padded on the left.
+    prompt, attention_mask: (B,P), padded on the left. eos_id, pad_id: one number each.
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
     logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
-    Raises ValueError for a model without a cache (RWKV, BERT): token by token, it would forget.
+    Raises ValueError for prompts that are padded on the right, and for a model without a cache
+    (RWKV, BERT): token by token, it would forget.
 
     Why not generate()? It cannot draw some rows of a batch and decode the others greedily. And it
     takes what we do not pass from the checkpoint's generation_config (trl#5783), or from defaults
     such as top-k 50 (transformers#38549). We need pi itself.
     """
+    if not attention_mask[:, -1].all():
+        raise ValueError(
+            "prompts must be padded on the left: responses begin behind the last column"
+        )
     # Rows 0 to B-1 are for the sampled responses, rows B to 2B-1 for the greedy ones.
     next_input = torch.cat([prompt, prompt])  # (2B,P), and from then on the new tokens (2B,1)
     full_mask = torch.cat([attention_mask, attention_mask])  # (2B,P), one column more per token
@@ -225,8 +230,8 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
 
     Each token pays for the KL of itself and of all later tokens, which App. B calls "full-step".
     (In its "one-step" a token pays for itself alone.)
-    logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). The gradient runs through logprobs
-    alone. With baseline 0 this is REINFORCE with the same KL penalty.
+    logprobs, ref_logprobs, mask: (B,T); reward, baseline: (B,). Only logprobs carry a gradient.
+    With baseline 0 this is REINFORCE with the same KL penalty.
 
     By hand, one row of two tokens, with r = 1, b = 0.4 and beta = 0.1:
       t                    1                        2
@@ -284,19 +289,23 @@ def remax_step(
 ):
     """One update of the policy from B prompts: the six steps at the top of this file.
 
-    policy, reference: causal language models without dropout; reference is frozen, in eval() mode,
-    on any device, or None if kl_coef is 0.
-    optimizer, scaler: of the policy; the scaler is enabled for float16 alone.
+    policy: a causal language model without dropout. The weights that it trains are in float32: in
+    bfloat16 an update of 1e-6 would be rounded away.
+    reference: another one, frozen, in eval() mode, on any device; None if kl_coef is 0.
+    optimizer: of all weights of the policy that are not frozen.
+    scaler: a GradScaler, enabled for float16 alone.
     score: a function, responses (2B,T) -> rewards (2B,). It gets the B sampled responses and then
     the B greedy ones, each in the order of the prompts. It knows the prompts itself.
     prompt, attention_mask: (B,P), padded on the left.
     greedy_baseline: False sets b = 0. That is REINFORCE, and the greedy reward is only logged.
-    micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped.
-    dtype: what to compute in; the weights stay in float32.
+    micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped;
+    math.inf clips nothing.
+    dtype: what to compute in: float32, bfloat16 or float16.
     Returns a StepResult. The policy is left in train() mode.
+    Raises ValueError for kl_coef without a reference, and for rewards of another shape.
     Under torchrun each process brings B prompts of its own, and all make the same update.
     """
-    if reference is None and kl_coef > 0:
+    if reference is None and kl_coef != 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     device = prompt.device
@@ -311,7 +320,9 @@ def remax_step(
     stopwatch.lap("rollout_seconds")
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
-    rewards = score(torch.cat([response, greedy_response]))  # (2B,)
+    rewards = score(torch.cat([response, greedy_response])).detach().float()  # (2B,)
+    if rewards.shape != (2 * B,):  # (2B,1) would be broadcast to a wrong loss
+        raise ValueError(f"score must return {2 * B} rewards, not the shape {list(rewards.shape)}")
     reward, greedy_reward = rewards.chunk(2)  # (B,) each
     baseline = greedy_reward  # (B,)
     if not greedy_baseline:
@@ -332,6 +343,7 @@ def remax_step(
     # 5. Gradient. The log-probs of the policy once more: those of the rollout carry no gradient.
     # Gradient checkpointing works in train() mode alone. (There is no dropout.)
     policy.train()
+    policy.zero_grad()  # an earlier step may have failed half way
     batch_loss = 0.0
     logprobs = []
     for start in range(0, B, micro_batch_size):
@@ -358,7 +370,7 @@ def remax_step(
     if grad_norm.isfinite():
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    policy.zero_grad()  # the next rollout needs their memory
     stopwatch.lap("update_seconds")
 
     return StepResult(
@@ -417,7 +429,7 @@ def weights_as(model, dtype):
 
 
 def computing_in(dtype, device):
-    """A with block where torch computes in 16 bits what it safely can. float32 changes nothing."""
+    """A with block where torch computes in 16 bits what it safely can. float32: in float32."""
     is_16_bit = dtype != torch.float32
     # cache_enabled=True would keep a 16-bit copy of every weight during the backward pass.
     return torch.autocast(device.type, dtype, enabled=is_16_bit, cache_enabled=False)
@@ -427,8 +439,8 @@ def computing_in(dtype, device):
 def on_device(model, device):
     """Inside the with block the model is on the device, afterwards where it was before."""
     home = next(model.parameters()).device
-    model.to(device)
     try:
+        model.to(device)
         yield
     finally:
         model.to(home)
@@ -465,6 +477,8 @@ def average_gradients(model):
     if not dist.is_initialized():
         return
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:  # a part of a mixture of experts may have had nothing to do
             parameter.grad = torch.zeros_like(parameter)
         average_over_processes(parameter.grad)

@@ -829,6 +829,12 @@ def test_a_model_that_keeps_no_cache_is_refused_by_name(family):
         remax.rollout(model, *prompts(), 3, EOS, PAD)
 
 
+def test_prompts_padded_on_the_right_are_refused():
+    prompt, attention_mask = prompts()
+    with pytest.raises(ValueError, match="padded on the left"):
+        remax.rollout(make("gpt2"), prompt, attention_mask.flip(1), 3, EOS, PAD)
+
+
 def test_rollout_draws_from_the_full_softmax():
     """20,000 first tokens against the model's own probabilities: chi-square, 96 degrees."""
     model, prompt = make("gpt2", vocab_size=97), torch.full((20_000, 1), 5)
@@ -995,6 +1001,54 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
 
     assert step(policy, reward=nan)["skipped"] == 1
     assert torch.equal(before, weights(policy))
+
+
+def test_rewards_as_a_column_are_refused():
+    """As a classifier of one label returns them: (2B,1) would be broadcast to a wrong loss."""
+    with pytest.raises(ValueError, match=r"8 rewards, not the shape \[8, 1\]"):
+        step(make("gpt2"), reward=lambda responses: mean_token(responses)[:, None])
+
+
+def test_whole_numbers_and_rewards_with_a_gradient_train_alike():
+    """Unsigned numbers would wrap: 0 - 1 = 255."""
+    weight = torch.ones((), requires_grad=True)
+
+    def floats(responses):  # 0 for the sampled ones, 1 for the greedy ones
+        return torch.arange(len(responses)).ge(len(responses) / 2).float()
+
+    changes = {
+        "floats": floats,
+        "bytes": lambda responses: floats(responses).to(torch.uint8),
+        "with a gradient": lambda responses: floats(responses) * weight,
+    }
+    found = []
+    for reward in changes.values():
+        policy = make("gpt2")
+        step(policy, reward=reward)
+        found.append(weights(policy))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert weight.grad is None
+
+
+def test_gradients_left_over_from_before_do_not_count():
+    fresh, used = make("gpt2"), make("gpt2")
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    step(fresh)
+    step(used)
+    assert torch.equal(weights(fresh), weights(used))
+
+
+def test_frozen_weights_get_no_gradient_under_torchrun(monkeypatch):
+    """Zeros would do: weight decay moves what has a gradient."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(remax, "average_over_processes", lambda tensor: None)
+    policy = make("gpt2")
+    policy.transformer.wte.requires_grad_(False)
+    remax.average_gradients(policy)
+    assert policy.transformer.wte.weight.grad is None
+    assert policy.transformer.ln_f.weight.grad is not None
 
 
 def test_equal_rewards_give_no_gradient_and_are_counted():
