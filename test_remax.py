@@ -3383,10 +3383,13 @@ def quoted_rows():
     """The rows of the README's tables, made from the logs."""
     rows = []
     for experiment, names in (
-        ("smollm2", ("ReMax, half the batch", "REINFORCE, half the batch")),
+        (
+            "smollm2",
+            ("ReMax, half the batch", "REINFORCE, half the batch", "mean of the other prompts"),
+        ),
         ("tiny", ("ReMax", "REINFORCE", "the mean of the other prompts")),
     ):
-        for name, arm in zip(names, ("remax", "reinforce", "batch"), strict=False):
+        for name, arm in zip(names, ("remax", "reinforce", "batch"), strict=True):
             logs = arm_logs(experiment, arm)
             digits = 3 if experiment == "tiny" else 2
             cells = [in_table(spread(logs, c), 2 if "kl" in c else digits) for c in EVALUATED]
@@ -3481,6 +3484,9 @@ def test_the_other_figures_of_the_readme_are_the_logs():
     longer = [*on_cpu, seconds["RLOO"] / seconds["ReMax"]]
     longer += [median_seconds("rloo") / median_seconds("remax")]
     start_on_gpu = on_gpu[0][0]
+    others = arm_logs("smollm2", "batch")
+    other_reward, other_kl = spread(others, "eval_reward"), spread(others, "eval_kl")[0]
+    its_reward, its_kl = spread(smollm2, "eval_reward"), spread(smollm2, "eval_kl")[0]
     gpu_steps = read_results("gpu_step.jsonl")
     decoding = [row["seconds"] for row in gpu_steps if "seconds" in row]
     small_parts, large_parts = (row for row in gpu_steps if "update_seconds" in row)
@@ -3502,6 +3508,8 @@ def test_the_other_figures_of_the_readme_are_the_logs():
         f"It needs {measured['gpt2-large', 'default']:.1f} GB of GPU memory",
         f"figures are up to {lower:.0%} lower",
         f"below {math.ceil(difference * 100) / 100} nats",
+        f"({in_table(other_reward)}, ReMax {in_table(its_reward)})",
+        f"({other_kl:.1f}, ReMax {its_kl:.1f})",
         "| on an H200 | {ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |".format(**before_that),
         "| on another H200 | {ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |".format(**seconds),
         f"A step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
