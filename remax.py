@@ -577,7 +577,7 @@ def say(line):
     try:
         tqdm.write(line)
         sys.stdout.flush()
-    except BrokenPipeError:  # the other end of `| head` or `| tee` has gone
+    except OSError:  # `| head` has ended, the terminal is closed, the disk of a log is full
         send_to_devnull(STANDARD_OUTPUT)
 
 
@@ -1348,6 +1348,8 @@ def refuse_old_run(args, folder):
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
         )
+    if (folder / "config.json").exists():
+        raise ValueError(f"{args.output_dir} holds a model: choose another --output-dir")
 
 
 @blame("output_dir")
@@ -1431,18 +1433,23 @@ def leave_group(_):
 
 
 class StopRequest:
-    """Remembers a signal until the step is done. A second Ctrl-C or SIGTERM ends it at once."""
+    """Remembers a signal until the step is done. Ctrl-C after another signal ends the run at once.
+
+    The other signals may come twice for one request: torchrun passes them on to all processes.
+    """
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
+        outputs = (STANDARD_OUTPUT, STANDARD_ERROR)
+        self.terminals = [number for number in outputs if os.isatty(number)]
         signal.signal(signal.SIGINT, self.on_stop)
         signal.signal(signal.SIGTERM, self.on_stop)
         if SIGHUP in stop_signals():
             signal.signal(SIGHUP, self.on_hangup)
 
     def on_stop(self, number, frame):
-        is_second = self.signal_number != 0
-        if is_second:
+        is_second_press = number == signal.SIGINT and self.signal_number != 0
+        if is_second_press:
             for child in multiprocessing.active_children():
                 child.terminate()
             # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
@@ -1453,9 +1460,9 @@ class StopRequest:
             os.write(STANDARD_ERROR, message)  # the signal may have come in the middle of a print()
 
     def on_hangup(self, number, frame):
-        """Print to the closed terminal no more, and stop. A terminal may send this one twice."""
-        send_to_devnull(STANDARD_OUTPUT)
-        send_to_devnull(STANDARD_ERROR)
+        """Print to the closed terminal no more, and stop."""
+        for terminal in self.terminals:
+            send_to_devnull(terminal)
         self.signal_number = number
 
     def signal_of_any_process(self):
@@ -1666,6 +1673,7 @@ class Run:
         if self.rank == 0:
             drop_later_rows(self.metrics_file, checkpoint["metrics_bytes"])
         self.steps_done = checkpoint["step"]
+        self.skipped_steps = checkpoint["skipped_steps"]
 
     @blame("output_dir")
     def save_args(self):
@@ -1844,6 +1852,7 @@ class Run:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
         }
         save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
@@ -1879,15 +1888,18 @@ class Run:
         if self.steps_without_advantage == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
 
-    def end_if_stuck(self, step, metrics):
-        """Save and give up if five steps in a row, or all of a shorter run, changed no weight."""
+    def count_skipped_steps(self, metrics):
         if metrics["skipped"] == 1:
             self.skipped_steps += 1
         else:
             self.skipped_steps = 0
-        limit = min(5, self.args.steps)
-        if self.skipped_steps == limit:
-            self.save(step)
+
+    def is_stuck(self):
+        """Whether five steps in a row, or all of a shorter run, changed no weight."""
+        return self.skipped_steps >= min(5, self.args.steps)
+
+    def end_if_stuck(self):
+        if self.is_stuck():
             reason = f"no finite gradient in {self.skipped_steps} steps; a checkpoint is saved"
             raise BadInput(reason, "lr", "precision", "kl_coef")
 
@@ -1903,6 +1915,7 @@ class Run:
         args = self.args
         if self.steps_done == 0:
             self.evaluate_and_log(0)
+        self.end_if_stuck()  # this may be a resumed run
         if self.steps_done == args.steps:
             say(f"all {args.steps} steps are done already: larger --steps continue")
         first_step = self.steps_done + 1
@@ -1919,15 +1932,16 @@ class Run:
                 self.check_sampler(metrics["sampling_logp_difference"], self.dtype)
             self.show(bar, step, metrics)
             self.warn_of_no_advantage(metrics)
-            self.end_if_stuck(step, metrics)
+            self.count_skipped_steps(metrics)
 
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            if is_last or is_stopped or step % args.save_every == 0:
+            if is_last or is_stopped or self.is_stuck() or step % args.save_every == 0:
                 self.save(step)
+            self.end_if_stuck()
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
                 sys.exit(128 + signal_number)  # as shells report a signal
@@ -2112,6 +2126,7 @@ def parse_args(argv=None):
     if args.output_dir is None:
         name = "tiny-policy" if is_tiny_world else Path(args.model).name
         args.output_dir = f"runs/{name}-{args.seed}"
+    args.output_dir = os.path.expanduser(args.output_dir)  # the shell leaves --output-dir=~/runs
     make_paths_absolute(args)
     return args
 

@@ -2181,10 +2181,11 @@ def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys
 
 def test_a_short_run_that_skipped_every_step_fails(small, tmp_path, capsys):
     flags = ["--kl-coef", "1e39", "--steps", 2, "--output-dir", tmp_path]
-    code, said = answer(capsys, *small, *flags)
-    assert code == 1
-    assert "no finite gradient in 2 steps" in said[-2]
-    assert not (tmp_path / "model").exists()
+    for more in [], ["--resume"]:
+        code, said = answer(capsys, *small, *flags, *more)
+        assert code == 1
+        assert "no finite gradient in 2 steps" in said[-2]
+        assert not (tmp_path / "model").exists()
 
 
 def test_a_checkpoint_with_a_flag_that_is_gone_is_refused(small, two_steps, tmp_path, capsys):
@@ -2292,7 +2293,9 @@ def test_five_steps_without_a_finite_gradient_stop_the_run_with_a_checkpoint(
     assert "--lr" in said[-1]
     steps = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     assert [row["skipped"] for row in steps] == [1.0] * 5
-    policy = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["policy"]
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 5
+    policy = checkpoint["policy"]
     untouched = AutoModelForCausalLM.from_pretrained(TINY / "policy").state_dict()
     assert all(torch.equal(policy[name], tensor) for name, tensor in untouched.items())
 
@@ -2650,16 +2653,21 @@ def test_resume_with_a_changed_file_or_folder_is_refused(tmp_path, capsys, name)
     assert f"--{name.split('.')[0]} is {name}" in said[-2]
 
 
-def test_a_folder_with_a_model_is_not_written_into(small, tmp_path, capsys):
+@pytest.mark.parametrize("output", ["run", "run/model"])
+def test_a_folder_with_a_model_is_not_written_into(output, small, tmp_path, capsys):
     """It may be the very model that --model names."""
     shutil.copytree(TINY / "policy", tmp_path / "run/model")
     flags = [*small, "--model", tmp_path / "run/model", "--reward", TINY / "reward"]
-    code, said = answer(capsys, *flags, "--output-dir", tmp_path / "run", "--steps", 1)
+    code, said = answer(capsys, *flags, "--output-dir", tmp_path / output, "--steps", 1)
     assert code == 1
-    assert "holds a run without a checkpoint" in said[-2]
+    assert "holds a" in said[-2]
     weights = "model.safetensors"
     before = (TINY / "policy" / weights).read_bytes()
     assert (tmp_path / "run/model" / weights).read_bytes() == before
+
+
+def test_a_tilde_is_the_home_folder():
+    assert tiny_args("--output-dir=~/run").output_dir == os.path.expanduser("~/run")
 
 
 def test_no_check_is_an_assertion():
@@ -2813,15 +2821,49 @@ def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
     assert checkpoint["step"] == 1
 
 
-def close_the_terminal_twice():
+def receive(*numbers):
     stop = remax.StopRequest()
-    signal.raise_signal(signal.SIGHUP)
-    signal.raise_signal(signal.SIGHUP)  # the shell sends one, and the kernel another
-    assert stop.signal_number == signal.SIGHUP
+    for number in numbers:
+        signal.raise_signal(number)
+    assert stop.signal_number == numbers[-1]
 
 
-def test_a_second_sighup_does_not_end_the_run():
-    run_in_a_child(close_the_terminal_twice)
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGHUP, signal.SIGHUP),  # the shell sends one, and the kernel another
+        (signal.SIGTERM, signal.SIGTERM),  # torchrun passes on what its processes get too
+        (signal.SIGHUP, signal.SIGTERM),  # as systemd may send them
+        (signal.SIGTERM, signal.SIGHUP),
+    ],
+)
+def test_a_second_signal_that_nobody_pressed_does_not_end_the_run(numbers):
+    run_in_a_child(receive, *numbers)
+
+
+def hang_up_with_a_log(path):
+    with open(path, "w") as log:
+        os.dup2(log.fileno(), 1)
+    receive(signal.SIGHUP)
+    remax.say("stopped")
+
+
+def test_a_closed_terminal_does_not_cut_a_log_file(tmp_path):
+    run_in_a_child(hang_up_with_a_log, tmp_path / "log")
+    assert "stopped" in (tmp_path / "log").read_text()
+
+
+def print_to_a_closed_terminal():
+    master, terminal = os.openpty()
+    os.dup2(terminal, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    os.close(master)
+    remax.say("nobody reads this")
+
+
+def test_a_run_goes_on_when_its_terminal_has_gone():
+    """As one started with & and disown: it gets no SIGHUP, but its output fails."""
+    run_in_a_child(print_to_a_closed_terminal)
 
 
 def run_without_a_reader(flags):
@@ -3215,9 +3257,9 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "from_its_birth"),
     ("child that the run's signals reach", "    os.setpgrp()\n", "    pass\n",
      "forked_children"),
-    ("second SIGHUP that ends the run", "signal.signal(SIGHUP, self.on_hangup)",
-     "signal.signal(SIGHUP, self.on_stop)", "second_sighup"),
-    ("printing to nobody", "    except BrokenPipeError:", "    except ZeroDivisionError:",
+    ("second SIGTERM that ends the run", "number == signal.SIGINT and ", "",
+     "second_signal_that_nobody"),
+    ("printing to nobody", "    except OSError:  # `| head`", "    except ZeroDivisionError:  #",
      "reader_has_gone"),
     ("stop that saves nothing", "if is_last or is_stopped", "if is_last",
      "stop_signal"),
