@@ -346,8 +346,7 @@ def remax_step(
     policy.zero_grad()  # an earlier step may have failed half way
     batch_loss = 0.0
     logprobs = []
-    for start in range(0, B, micro_batch_size):
-        part = slice(start, start + micro_batch_size)  # N rows
+    for part in micro_batches(B, micro_batch_size):  # N rows
         with computing_in(dtype, device):
             part_logprobs = token_logprobs(
                 policy, prompt[part], attention_mask[part], response[part], mask[part]
@@ -446,6 +445,12 @@ def on_device(model, device):
         model.to(home)
 
 
+def micro_batches(B, size):
+    """Slices of B rows, one after the other: only so many rows are computed at once."""
+    for start in range(0, B, size):
+        yield slice(start, start + size)
+
+
 @torch.no_grad()
 def logprobs_without_gradient(model, prompt, attention_mask, response, mask, micro_batch_size):
     """token_logprobs() of a batch, computed a micro-batch at a time: the logits need much memory.
@@ -453,8 +458,7 @@ def logprobs_without_gradient(model, prompt, attention_mask, response, mask, mic
     prompt, attention_mask: (B,P); response, mask: (B,T). Returns (B,T).
     """
     logprobs = []
-    for start in range(0, len(prompt), micro_batch_size):
-        part = slice(start, start + micro_batch_size)  # N rows
+    for part in micro_batches(len(prompt), micro_batch_size):  # N rows
         part_logprobs = token_logprobs(
             model, prompt[part], attention_mask[part], response[part], mask[part]
         )  # (N,T)
@@ -1184,7 +1188,7 @@ def check_policy(args):
     config = AutoConfig.from_pretrained(args.model)
     if "Classification" in str(config.architectures):
         raise ValueError("this is a classifier, not a language model")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.max_prompt_tokens + args.max_new_tokens > positions:
         reason = f"prompt and response do not fit into the model's {positions} positions"
         raise BadInput(reason, "model", "max_prompt_tokens", "max_new_tokens")
@@ -1348,13 +1352,13 @@ def refuse_old_run(args, folder):
             f"{args.output_dir} holds a run without a checkpoint: "
             "delete it, or choose another --output-dir"
         )
-    if (folder / "config.json").exists():
-        raise ValueError(f"{args.output_dir} holds a model: choose another --output-dir")
 
 
 @blame("output_dir")
 def open_metrics(args, folder):
     """metrics.jsonl, open for appending, in a folder that belongs to this run alone."""
+    if (folder / "config.json").exists():
+        raise ValueError(f"{args.output_dir} holds a model: choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
     lock(file)
@@ -1939,7 +1943,8 @@ class Run:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            if is_last or is_stopped or self.is_stuck() or step % args.save_every == 0:
+            is_due = step % args.save_every == 0
+            if is_last or is_stopped or is_due or self.is_stuck():
                 self.save(step)
             self.end_if_stuck()
             if is_stopped:

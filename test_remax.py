@@ -2664,6 +2664,7 @@ def test_a_folder_with_a_model_is_not_written_into(output, small, tmp_path, caps
     weights = "model.safetensors"
     before = (TINY / "policy" / weights).read_bytes()
     assert (tmp_path / "run/model" / weights).read_bytes() == before
+    assert not (tmp_path / "run/model/metrics.jsonl").exists()
 
 
 def test_a_tilde_is_the_home_folder():
@@ -3295,7 +3296,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "load_model(AutoModelForCausalLM, args.model, dtype=dtype).requires_grad_",
      "load_model(AutoModelForCausalLM, args.model, dtype=torch.float32).requires_grad_",
      "reference_rests"),
-    ("checkpoints at other steps", "step % args.save_every == 0", "step % args.eval_every == 0",
+    ("checkpoints at other steps", "is_due = step % args.save_every == 0",
+     "is_due = step % args.eval_every == 0",
      "when_asked_for"),
     ("sampler not checked",
      "if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:", "if False:",
