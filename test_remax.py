@@ -2823,6 +2823,7 @@ def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
 
 
 def receive(*numbers):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     stop = remax.StopRequest()
     for number in numbers:
         signal.raise_signal(number)
