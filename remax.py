@@ -539,9 +539,7 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None:  # not given
-        return as_flag(name)
-    if value is True:
+    if value is None or value is True:  # not given, or switched on
         return as_flag(name)
     if value is False:
         return as_flag(f"no_{name}")  # --no-offload for offload
@@ -1113,6 +1111,8 @@ def choose_device(name):
         raise ValueError(f"{device.type} is none of cpu, cuda, mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA GPU here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("torch finds no MPS GPU here")
     if device.type == "cuda" and dist.is_initialized():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.zeros(1, device=device)  # raises now if there is no such device
@@ -1313,7 +1313,7 @@ def read_checkpoint(args, new_args, folder):
     if not path.exists():
         raise ValueError(
             f"{args.output_dir} holds no checkpoint to resume from: "
-            "without --resume a new run starts"
+            "start a new run, without --resume, in a folder of its own"
         )
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or "args" not in checkpoint:
@@ -1549,6 +1549,16 @@ def seed_of_step(seed, step):
     return generator.getrandbits(32)
 
 
+def make_generate_stop_at(eos_id, config, generation_config):
+    """Let generate() stop where training did, unless it does so already."""
+    stops = generation_config.eos_token_id
+    if not isinstance(stops, list):  # a number, or None
+        stops = [stops]
+    if eos_id not in stops:
+        config.eos_token_id = eos_id
+        generation_config.eos_token_id = eos_id
+
+
 # Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
 # token, means that a cache or padding goes wrong for this model.
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
@@ -1576,7 +1586,7 @@ class Run:
             set_up_cuda(self.device)
         self.dtype = choose_dtype(args.precision, self.device)
 
-        # What is quickly checked: flags, tokenizer and output folder.
+        # What needs no model: files, flags, tokenizer and output folder.
         self.args_as_texts = args_as_texts(args, self.dtype)  # now: files may change during the run
         check_policy(args)
         self.tokenizer = load_policy_tokenizer(args)
@@ -1655,7 +1665,7 @@ class Run:
         """
         if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:
             reason = (
-                f"sampling_logp_difference is {difference:.2g} nats per token: with cache and "
+                f"sampling_logp_difference is {difference:.2g} nats per token: with a cache or "
                 f"padding {type(self.policy).__name__} computes something else than without"
             )
             raise BadInput(reason, "model", "precision")
@@ -1764,8 +1774,8 @@ class Run:
         transformers.set_seed(0)  # the same noise every time
         self.policy.eval()
         answers = []
-        for start in range(0, len(self.held_out_rows), size):
-            answers += self.answer_rows(self.held_out_rows[start : start + size])
+        for part in micro_batches(len(self.held_out_rows), size):
+            answers += self.answer_rows(self.held_out_rows[part])
 
         metrics = {
             "eval_reward": statistics.fmean(answer.reward for answer in answers),
@@ -1862,23 +1872,16 @@ class Run:
 
     @blame("output_dir", "model")
     def save_model(self):
-        """Save the policy and its tokenizer: as loaded, but for the weights and --eos-token."""
+        """Save the policy and its tokenizer: as loaded, but for the weights and EOS."""
         config = AutoConfig.from_pretrained(self.args.model)  # load_policy() has set dropout to 0
-        if config.model_type != self.policy.config.model_type:  # it sees images too
+        if config.model_type != self.policy.config.model_type:  # of images and text, as loaded
             config = config.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)
         eos_id = self.tokenizer.eos_token_id
         # Not an ordinary token such as ".": saved as EOS it would be cut out of every text.
         if eos_id in tokenizer.added_tokens_decoder:
             tokenizer.eos_token = self.tokenizer.eos_token
-        # generate() has to stop where training did.
-        generation_config = self.policy.generation_config
-        stops = generation_config.eos_token_id
-        if not isinstance(stops, list):  # a number, or None
-            stops = [stops]
-        if eos_id not in stops:
-            config.eos_token_id = eos_id
-            generation_config.eos_token_id = eos_id
+        make_generate_stop_at(eos_id, config, self.policy.generation_config)
         self.policy.config = config
         self.policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")

@@ -7,8 +7,9 @@
 
 After --arm comes its label, then its runs: output folders, or metrics .jsonl files. Several runs of
 an arm become their mean and a band of +- 1 standard deviation. Lines are the batches trained on,
-dots the evaluations on held-out prompts. REINFORCE decodes nothing greedily in training, so its
-greedy reward appears only as dots. The suffix of --out sets the format, .svg or .png.
+dots the evaluations on held-out prompts. A run of an older remax.py may have decoded nothing
+greedily in training: its greedy reward appears only as dots. The suffix of --out sets the format,
+.svg or .png.
 It needs: pip install matplotlib
 """
 
