@@ -583,6 +583,12 @@ def say(line):
         send_to_devnull(STANDARD_OUTPUT)
 
 
+def largest_length(config):
+    """The most tokens that a model can read at once. Some, as Bloom, have no limit: inf."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if limit is None else limit
+
+
 def load_tokenizer(name, **options):
     """AutoTokenizer. Raises ValueError for a folder without one."""
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -992,8 +998,7 @@ class RewardModel:
         self.model.requires_grad_(False)
         # A GPT-2 classifier reads the last token that is no padding: it must know the padding.
         self.model.config.pad_token_id = tokenizer.pad_token_id
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions or math.inf)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, largest_length(config))
         self.device = device  # where it computes; with --offload its home is the CPU
 
     @blame("reward", "prompts")
@@ -1188,7 +1193,7 @@ def check_policy(args):
     config = AutoConfig.from_pretrained(args.model)
     if "Classification" in str(config.architectures):
         raise ValueError("this is a classifier, not a language model")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = largest_length(config)
     if args.max_prompt_tokens + args.max_new_tokens > positions:
         reason = f"prompt and response do not fit into the model's {positions} positions"
         raise BadInput(reason, "model", "max_prompt_tokens", "max_new_tokens")
