@@ -49,7 +49,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing.util
+import multiprocessing
 import os
 import random
 import signal
@@ -560,27 +560,15 @@ def exit_with(reason, args, flags):
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(typed)}")
 
 
-STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # their numbers for the operating system
-
-
-def send_to_devnull(number):
-    """Throw away what is printed from now on: nobody is there to read it, and printing would fail.
-
-    number: of the output, STANDARD_OUTPUT or STANDARD_ERROR.
-    """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
-
-
 def say(line):
-    """Print a line, in front of the bar if there is one. Under torchrun the first process does."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
+    """Print a line, in front of the bar if there is one."""
     try:
         tqdm.write(line)
         sys.stdout.flush()
     except OSError:  # `| head` has ended, the terminal is closed, the disk of a log is full
-        send_to_devnull(STANDARD_OUTPUT)
+        # Print nowhere from now on: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
 
 
 def largest_length(config):
@@ -1387,58 +1375,10 @@ def save_checkpoint(path, checkpoint):
         unfinished.unlink(missing_ok=True)
 
 
-SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
-
-
-def stop_signals():
-    """The signals that ask a run to stop: Ctrl-C, `kill` or a scheduler, a closed terminal."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # nohup ignores SIGHUP, and that stays so.
-    if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
-        numbers.append(SIGHUP)
-    return numbers
-
-
-def keep_signals_from_children():
-    """Let the signals that stop a run stop the run alone, and not the processes that it forks.
-
-    A reward may fork: a Pool, or a Process that it ends by terminate(). Such a child would inherit
-    the run's handlers, which only make a note of a signal, and so would never end. And Ctrl-C would
-    reach it too, though the run needs it to finish the step. Python calls these at a fork:
-      before_fork          holds signals back: one that came in the middle would be lost
-      after_fork_in_run    lets them through again
-      after_fork_in_child  gives the child the default handlers
-      leave_group          gives a child of multiprocessing a process group of its own, which a
-                           terminal, `timeout` and torchrun do not reach
-    """
-    if not hasattr(os, "register_at_fork"):  # Windows has no fork
-        return
-    numbers = stop_signals()
-
-    def before_fork():
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-
-    def after_fork_in_run():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    def after_fork_in_child():
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    os.register_at_fork(
-        before=before_fork,
-        after_in_parent=after_fork_in_run,
-        after_in_child=after_fork_in_child,
-    )
-    # Not at every fork: the child of subprocess may call setsid(), which a group's leader must not.
-    # The first argument says how long to keep the second one, and is passed to it.
-    multiprocessing.util.register_after_fork(leave_group, leave_group)
-
-
-def leave_group(_):
-    """Make this process the leader of a group of its own."""
-    os.setpgrp()
+# What asks a run to stop: Ctrl-C, `kill` or a scheduler, a closed terminal.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 class StopRequest:
@@ -1449,30 +1389,21 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
-        outputs = (STANDARD_OUTPUT, STANDARD_ERROR)
-        self.terminals = [number for number in outputs if os.isatty(number)]
-        signal.signal(signal.SIGINT, self.on_stop)
-        signal.signal(signal.SIGTERM, self.on_stop)
-        if SIGHUP in stop_signals():
-            signal.signal(SIGHUP, self.on_hangup)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: that stays so
+                signal.signal(number, self.on_signal)
 
-    def on_stop(self, number, frame):
+    def on_signal(self, number, frame):
         is_second_press = number == signal.SIGINT and self.signal_number != 0
         if is_second_press:
-            for child in multiprocessing.active_children():
+            for child in multiprocessing.active_children():  # of a reward: they ignore Ctrl-C
                 child.terminate()
-            # Not sys.exit(), which a reward could catch. Shells report a signal as 128 + number.
-            os._exit(128 + number)
+            raise KeyboardInterrupt
         self.signal_number = number
+        # Not print(): the signal may have come in the middle of one.
         message = b"\nstopping after this step; press again to stop now, unsaved\n"
-        with suppress(OSError):  # nobody may be there to read it
-            os.write(STANDARD_ERROR, message)  # the signal may have come in the middle of a print()
-
-    def on_hangup(self, number, frame):
-        """Print to the closed terminal no more, and stop."""
-        for terminal in self.terminals:
-            send_to_devnull(terminal)
-        self.signal_number = number
+        with suppress(OSError):  # the terminal may be closed
+            os.write(sys.stderr.fileno(), message)
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
@@ -1480,6 +1411,37 @@ class StopRequest:
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
+
+
+def hold_sigterm():
+    """Let SIGTERM wait: while a process forks, Python would lose it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def release_sigterm():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+def set_signals_of_child():
+    """In a process that a reward has forked: SIGTERM ends it, and other signals leave it alone.
+
+    Its terminate() sends SIGTERM. It would inherit StopRequest, which only remembers a signal. And
+    Ctrl-C reaches all processes of a terminal, but the run needs this one to finish the step.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    release_sigterm()
+
+
+def prepare_forks():
+    """Rewards may fork processes, as pools do. See that they end when the reward ends them."""
+    if hasattr(os, "register_at_fork"):  # Windows has no fork
+        os.register_at_fork(
+            before=hold_sigterm,
+            after_in_parent=release_sigterm,
+            after_in_child=set_signals_of_child,
+        )
 
 
 def format_metrics(metrics, prefix=""):
@@ -1936,7 +1898,7 @@ class Run:
             initial=self.steps_done,
             total=args.steps,
             file=sys.stdout,
-            disable=self.rank > 0 or not sys.stdout.isatty(),
+            disable=not sys.stdout.isatty(),
         )
         for step in bar:
             metrics = self.train_step(step)
@@ -2158,6 +2120,8 @@ def join_torchrun():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # A reward may take its time: the other processes wait for it.
     dist.init_process_group(backend, timeout=timedelta(hours=6))
+    if dist.get_rank() > 0:  # the first process alone prints
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open for the run
 
 
 def run_to_the_end(args):
@@ -2175,7 +2139,7 @@ def main(argv=None):
     """Read the flags, and answer in two lines if they do not work out."""
     args = parse_args(argv)
     silence_libraries()
-    keep_signals_from_children()  # before a reward file is imported: it may fork
+    prepare_forks()  # before a reward file is imported
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     if dist.is_torchelastic_launched():
@@ -2184,6 +2148,8 @@ def main(argv=None):
         run_to_the_end(args)
     except BadInput as error:
         exit_with(error, args, error.flags)
+    except KeyboardInterrupt:  # Ctrl-C while loading, or a second one
+        sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
         flags = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
         exit_with(str(error).splitlines()[0], args, flags)
