@@ -48,6 +48,7 @@ EOS, PAD = 2, 0
 CPU = torch.device("cpu")
 HAS_CUDA = torch.cuda.is_available()
 torch.set_num_threads(1)  # the models are tiny, the cores are shared
+gc.freeze()  # the libraries' own objects: to look through them again takes 0.2 s in every test
 # There is no pytest.ini to name the mark "slow" in.
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
 
