@@ -196,35 +196,34 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 
 # Where this loss comes from. We maximise E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
 #
-#   1. grad E[r] = sum_y r * grad pi(y|x) = E[r * grad log pi(y|x)]   as grad pi = pi * grad log pi
-#   2. log pi(y|x) = sum_t log pi(y_t|x,y_<t)                         so the loss sums over tokens
-#   3. E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0          as sum_y pi(y|x) = 1
-#   4. E[b * grad log pi(y|x)] = b * 0 = 0                            so b(x) may be subtracted
-#   5. grad KL = E[log(pi / pi_ref) * grad log pi] + E[grad log pi]   the second term is 0, by 3
-#   6. grad (E[r] - beta * KL) = E[sum_t A_t * grad log pi(y_t|x,y_<t)]   from 1, 2, 4 and 5, with
-#      A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s))         and b = r(x, ybar)
+#   (a) grad E[r] = sum_y r * grad pi(y|x) = E[r * grad log pi(y|x)]   as grad pi = pi * grad log pi
+#   (b) log pi(y|x) = sum_t log pi(y_t|x,y_<t)                         so the loss sums over tokens
+#   (c) E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0          as sum_y pi(y|x) = 1
+#   (d) E[b * grad log pi(y|x)] = b * 0 = 0                            so b(x) may be subtracted
+#   (e) grad KL = E[log(pi / pi_ref) * grad log pi] + E[grad log pi]   the second term is 0, by (c)
+#   (f) grad (E[r] - beta * KL) = E[sum_t A_t * grad log pi(y_t|x,y_<t)], by (a), (b), (d), (e)
+#       with A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s)) and b = r(x, ybar)
 #
-# Line 1 is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
+# Line (a) is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
 #
-# Line 4 allows any b that does not depend on y. The greedy response depends on the prompt and the
+# Line (d) allows any b that does not depend on y. The greedy response depends on the prompt and the
 # weights alone. b is there to lower the variance. Suppose that all responses to a prompt have
 # rewards between 0.8 and 1. Without b each of them is made more likely, the bad ones too, and only
 # an average over many responses shows which ones are better. With b = 0.9 a single one shows it.
 # A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a critic to
 # predict. The greedy reward is a guess at V(x) that needs no training. It is often too high: then
 # most r - b are negative, and the bad responses are pushed down most. The mean stays right, by
-# line 4, but there is more noise. (By line 4 the KL of the greedy response could be part of b too.
-# Algorithm 1 leaves it out.)
+# line (d), but there is more noise.
 #
-# Line 5 is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
-# of line 1, with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
+# Line (e) is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
+# of line (a), with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
-# Line 6 is what remax_loss computes. Its A_t holds the log-ratios of the tokens from t on, not of
-# all tokens. For line 3 holds for a single token too, given those before it:
+# Line (f) is what remax_loss computes. By (b) and (e), the gradient of token t would be weighted by
+# the log-ratios of all tokens s. Those of s < t are fixed before y_t is drawn. Now (c) and (d) hold
+# for the single token y_t too, given those before it:
 #   E[c * grad log pi(y_t|x,y_<t)] = 0   for every number c that is fixed before y_t is drawn.
-# The log-ratios of the tokens before t are such numbers. Like b they leave the mean unchanged, and
-# are left out. r depends on the whole response, and stays.
+# So the log-ratios of s < t add nothing to the mean, and are left out.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is minus the ReMax estimator (Algorithm 1).
 
@@ -262,7 +261,7 @@ class StepResult(NamedTuple):
     greedy_reward: torch.Tensor  # (B,)
     baseline: torch.Tensor  # (B,): the greedy reward, or 0
     logprobs: torch.Tensor  # (B,T), before the update; 0 where masked
-    ref_logprobs: torch.Tensor | None  # (B,T), 0 where masked; None without a reference
+    ref_logprobs: torch.Tensor  # (B,T), 0 where masked, and 0 without a reference
     sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
@@ -320,21 +319,24 @@ def remax_step(
     stopwatch.lap("rollout_seconds")
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
-    rewards = score(torch.cat([response, greedy_response])).detach().float()  # (2B,)
+    responses = torch.cat([response, greedy_response])  # (2B,T)
+    rewards = score(responses)  # (2B,)
     if rewards.shape != (2 * B,):  # (2B,1) would be broadcast to a wrong loss
         raise ValueError(f"score must return {2 * B} rewards, not the shape {list(rewards.shape)}")
-    reward, greedy_reward = rewards.chunk(2)  # (B,) each
-    baseline = greedy_reward  # (B,)
-    if not greedy_baseline:
-        baseline = torch.zeros_like(greedy_reward)
+    reward, greedy_reward = rewards.detach().float().chunk(2)  # (B,) each
+    if greedy_baseline:
+        baseline = greedy_reward  # (B,)
+    else:
+        baseline = torch.zeros_like(greedy_reward)  # (B,)
     stopwatch.lap("score_seconds")
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
 
     # 4. Reference. With --offload it lives in CPU memory, and is on the GPU for this step alone.
-    ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T): without a reference kl_coef is 0
-    if reference is not None:
+    if reference is None:
+        ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T): they count for nothing
+    else:
         with on_device(reference, device), computing_in(dtype, device):
             ref_logprobs = logprobs_without_gradient(
                 reference, prompt, attention_mask, response, mask, micro_batch_size
@@ -380,7 +382,7 @@ def remax_step(
         greedy_reward=greedy_reward,
         baseline=baseline,
         logprobs=torch.cat(logprobs),
-        ref_logprobs=None if reference is None else ref_logprobs,
+        ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
         loss=batch_loss,
         grad_norm=grad_norm,
@@ -501,6 +503,15 @@ class BadInput(Exception):
         self.flags = flags  # their names, as in args
 
 
+def first_line(error):
+    """The first line of an error's message; with its type, unless that says no more."""
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else "no message"
+    if isinstance(error, (OSError, ValueError)):
+        return message
+    return f"{type(error).__name__}: {message}"
+
+
 @contextmanager
 def blame(*flags):
     """Turn an error inside a with block, or inside a function with @blame, into BadInput.
@@ -515,10 +526,7 @@ def blame(*flags):
     except (NameError, AttributeError):
         raise  # a mistake in this file after all
     except Exception as error:  # the libraries raise what they like for a wrong file or name
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        if not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__}: {reason}"
-        raise BadInput(reason, *flags) from error
+        raise BadInput(first_line(error), *flags) from error
 
 
 HERE = Path(__file__).resolve().parent
@@ -566,15 +574,24 @@ def say(line):
         tqdm.write(line)
         sys.stdout.flush()
     except OSError:  # `| head` has ended, the terminal is closed, the disk of a log is full
-        # Print nowhere from now on: https://docs.python.org/3/library/signal.html#note-on-sigpipe
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        print_nowhere()
+
+
+def print_nowhere():
+    """From now on all that is printed is thrown away."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the end
 
 
 def largest_length(config):
     """The most tokens that a model can read at once. Some, as Bloom, have no limit: inf."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return math.inf if limit is None else limit
+
+
+def is_made_for(config, task):
+    """Whether a checkpoint is of a class such as GPT2ForSequenceClassification."""
+    class_names = config.architectures or []
+    return any(task in class_name for class_name in class_names)
 
 
 def load_tokenizer(name, **options):
@@ -755,11 +772,10 @@ def encode_texts(tokenizer, texts):
     """The token ids of each text, without what a tokenizer puts behind it: the text goes on."""
     batch = tokenizer(texts, return_special_tokens_mask=True)
     encoded = []
-    for ids, is_added in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
-        length = len(ids)
-        while length > 0 and is_added[length - 1]:  # T5's tokenizer puts EOS there
-            length -= 1
-        encoded.append(ids[:length])
+    for ids, is_special in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
+        while ids and is_special[len(ids) - 1]:  # some tokenizers put EOS there
+            ids = ids[:-1]
+        encoded.append(ids)
     return encoded
 
 
@@ -771,14 +787,16 @@ def encode_chats(tokenizer, chats):
             "take an instruct model, or give texts as prompts"
         )
         raise BadInput(reason, "model", "prompts")
-    not_empty = [chat for chat in chats if chat]
-    if not_empty:
-        check_end_of_turn(tokenizer, not_empty[0])
     encoded = []
+    has_been_checked = False
     for chat in chats:
-        text = ""  # of an empty chat, which is left out later
-        if chat:
-            text = render(tokenizer, chat, add_generation_prompt=True)
+        if not chat:
+            encoded.append([])  # it is left out later
+            continue
+        if not has_been_checked:
+            check_end_of_turn(tokenizer, chat)
+            has_been_checked = True
+        text = render(tokenizer, chat, add_generation_prompt=True)
         # The template writes the special tokens itself: added again, BOS would stand there twice.
         encoded.append(tokenizer.encode(text, add_special_tokens=False))
     return encoded
@@ -877,7 +895,8 @@ def make_row(args, tokenizer, values, ids):
 def is_usable(args, row):
     """Whether a PromptRow is neither empty nor a chat that is too long."""
     is_empty = row.prompt_text.strip() == ""
-    is_too_long = len(row.prompt_ids) > args.max_prompt_tokens  # only a chat: a text has been cut
+    is_chat = isinstance(row.prompt, list)
+    is_too_long = is_chat and len(row.prompt_ids) > args.max_prompt_tokens  # it cannot be cut
     return not is_empty and not is_too_long
 
 
@@ -976,7 +995,7 @@ class RewardModel:
 
     def __init__(self, name, dtype, device):
         config = AutoConfig.from_pretrained(name)
-        if "SequenceClassification" not in str(config.architectures):
+        if not is_made_for(config, "SequenceClassification"):
             raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
         if tokenizer.pad_token is None:  # rather not EOS, with which a text may end
@@ -992,24 +1011,28 @@ class RewardModel:
     @blame("reward", "prompts")
     def tokenize(self, conversations):
         """Texts, or chats as lists of messages, to the model's inputs."""
-        options = {
-            "padding": True,
-            "truncation": True,
-            "return_attention_mask": True,
-            "return_tensors": "pt",
-        }
+        is_templated = False
         if isinstance(conversations[0], str):
-            return self.tokenizer(conversations, **options)
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer([contents_of(chat) for chat in conversations], **options)
-        texts = [render(self.tokenizer, chat) for chat in conversations]
-        return self.tokenizer(texts, add_special_tokens=False, **options)  # the template wrote them
+            texts = conversations
+        elif self.tokenizer.chat_template is None:
+            texts = [contents_of(chat) for chat in conversations]
+        else:
+            texts = [render(self.tokenizer, chat) for chat in conversations]
+            is_templated = True
+        return self.tokenizer(
+            texts,
+            add_special_tokens=not is_templated,  # a template writes them itself
+            padding=True,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
 
     @torch.no_grad()
     def __call__(self, /, prompts, completions, **columns):  # /: a column may be named self
-        conversations = []  # texts are joined to a text, lists of messages to a list
+        conversations = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            conversations.append(prompt + completion)
+            conversations.append(prompt + completion)  # two texts, or two lists of messages
         batch = self.tokenize(conversations).to(self.device)
         with on_device(self.model, self.device):
             logits = self.model(**batch).logits.float()  # (N,labels)
@@ -1029,23 +1052,27 @@ def load_reward_function(args, dtype, device):
         return RewardModel(name, dtype, device)
 
 
-def decode_responses(tokenizer, rows, responses):
-    """The texts of responses (N,T) to the prompts of N rows.
+def decode_response(tokenizer, row, ids):
+    """The text of a response to a row's prompt. ids: its tokens, without padding.
 
     Prompt and response are decoded together, and the prompt's text is cut off: "The plot was warm"
-    without "The plot" leaves " was warm". Llama's tokenizer would drop the first space of a
-    response that is decoded alone. But where a response changes the text of the prompt, as half an
-    emoji behind a whole one may, it is decoded alone.
+    without "The plot" leaves " was warm". Decoded alone, the response would lose its first space
+    with Llama's tokenizer.
     """
+    both = decode(tokenizer, row.prompt_ids + ids)
+    if both.startswith(row.prompt_text):
+        return both.removeprefix(row.prompt_text)
+    # It changes the text of the prompt, as half an emoji behind a whole one may.
+    return decode(tokenizer, ids)
+
+
+def decode_responses(tokenizer, rows, responses):
+    """The texts of responses (N,T) to the prompts of N rows."""
     # Padding is cut off first: decode() leaves out special tokens alone, and not every EOS is one.
     lengths = response_mask(responses, tokenizer.eos_token_id).sum(1).tolist()
     texts = []
     for row, ids, length in zip(rows, responses.tolist(), lengths, strict=True):
-        both = decode(tokenizer, row.prompt_ids + ids[:length])
-        if both.startswith(row.prompt_text):
-            texts.append(both.removeprefix(row.prompt_text))
-        else:
-            texts.append(decode(tokenizer, ids[:length]))
+        texts.append(decode_response(tokenizer, row, ids[:length]))
     return texts
 
 
@@ -1179,7 +1206,7 @@ def check_policy(args):
     if Path(args.model, "adapter_config.json").exists():
         raise ValueError("this is an adapter: merge it into its model first")
     config = AutoConfig.from_pretrained(args.model)
-    if "Classification" in str(config.architectures):
+    if is_made_for(config, "Classification"):
         raise ValueError("this is a classifier, not a language model")
     positions = largest_length(config)
     if args.max_prompt_tokens + args.max_new_tokens > positions:
@@ -1265,7 +1292,9 @@ def fingerprint(path):
         files = sorted(file for file in path.iterdir() if file.is_file())
     content = hashlib.sha256()
     for file in files:
-        content.update(file.read_bytes())
+        with open(file, "rb") as opened:
+            while block := opened.read(1_000_000):  # weights may not fit into memory twice
+                content.update(block)
     return f"{path.name} with the sha256 {content.hexdigest()[:16]}"
 
 
@@ -1354,7 +1383,7 @@ def open_metrics(args, folder):
         raise ValueError(f"{args.output_dir} holds a model: choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, open for the run
-    lock(file)
+    lock(file)  # before looking into the folder: another run may be writing there
     if not args.resume:
         refuse_old_run(args, folder)
     return file
@@ -1394,8 +1423,8 @@ class StopRequest:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        is_second_press = number == signal.SIGINT and self.signal_number != 0
-        if is_second_press:
+        was_asked_before = self.signal_number != 0
+        if was_asked_before and number == signal.SIGINT:
             for child in multiprocessing.active_children():  # of a reward: they ignore Ctrl-C
                 child.terminate()
             raise KeyboardInterrupt
@@ -1455,8 +1484,8 @@ def format_metrics(metrics, prefix=""):
     return words
 
 
-class Answer(NamedTuple):
-    """What an evaluation keeps of a held-out prompt."""
+class Sample(NamedTuple):
+    """What an evaluation keeps of a held-out prompt and its two responses."""
 
     prompt: str
     response: str
@@ -1466,12 +1495,12 @@ class Answer(NamedTuple):
     kl: float | None  # nats per response; None without a reference
 
 
-def format_sample(answer):
+def format_sample(sample):
     """A prompt, and below it the sampled and the greedy response with their rewards."""
     return (
-        f"  > {answer.prompt}\n"
-        f"    sampled {answer.reward:6.3f}  {answer.response!r}\n"
-        f"    greedy  {answer.greedy_reward:6.3f}  {answer.greedy_response!r}"
+        f"  > {sample.prompt}\n"
+        f"    sampled {sample.reward:6.3f}  {sample.response!r}\n"
+        f"    greedy  {sample.greedy_reward:6.3f}  {sample.greedy_response!r}"
     )
 
 
@@ -1484,10 +1513,8 @@ def mean_over_processes(values):
 
 def step_metrics(result, eos_id):
     """The metrics of a StepResult as numbers: means over the batch of all processes."""
-    kl = None
-    if result.ref_logprobs is not None:
-        log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
-        kl = mean_over_processes(log_ratio.sum(1))  # in nats per response
+    log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
+    kl = mean_over_processes(log_ratio.sum(1))  # in nats per response
     tokens = mean_over_processes(result.mask.sum(1))
     # The next two are in nats per token: the mean sum over a response, divided by its mean length.
     entropy = mean_over_processes(-result.logprobs.sum(1)) / tokens
@@ -1516,16 +1543,6 @@ def seed_of_step(seed, step):
     return generator.getrandbits(32)
 
 
-def make_generate_stop_at(eos_id, config, generation_config):
-    """Let generate() stop where training did, unless it does so already."""
-    stops = generation_config.eos_token_id
-    if not isinstance(stops, list):  # a number, or None
-        stops = [stops]
-    if eos_id not in stops:
-        config.eos_token_id = eos_id
-        generation_config.eos_token_id = eos_id
-
-
 # Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
 # token, means that a cache or padding goes wrong for this model.
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
@@ -1537,7 +1554,7 @@ class Run:
     def __init__(self, args):
         """Check and load everything, cheap things first."""
         self.args = args
-        self.steps_done = 0
+        self.steps_before = 0  # taken before this process began: more than 0 with --resume
         self.steps_without_advantage = 0  # in a row, up to now
         self.skipped_steps = 0  # in a row, up to now
 
@@ -1596,6 +1613,19 @@ class Run:
                 f"the policy has {embeddings} embeddings, but its tokenizer has a token {largest}"
             )
 
+    @torch.no_grad()
+    def logprobs_without_padding(self, rows, response, mask):
+        """token_logprobs() (B,T) of responses, each computed alone: no prompt is padded."""
+        logprobs = []
+        for i, row in enumerate(rows):
+            prompt = torch.tensor([row.prompt_ids], device=self.device)  # (1,P)
+            attention_mask = torch.ones_like(prompt)  # (1,P)
+            row_logprobs = token_logprobs(
+                self.policy, prompt, attention_mask, response[i : i + 1], mask[i : i + 1]
+            )  # (1,T)
+            logprobs.append(row_logprobs)
+        return torch.cat(logprobs)
+
     def check_decoding(self):
         """Draw a few tokens and check them, before any time is spent on a model that fails.
 
@@ -1604,26 +1634,19 @@ class Run:
         rows = self.training_rows[:8]  # of several lengths, so that most of them are padded
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        max_new_tokens = min(4, self.args.max_new_tokens)
         self.policy.eval()
-        length = min(4, self.args.max_new_tokens)
         try:
-            response, _, logprobs = rollout(
-                self.policy, prompt, attention_mask, length, eos_id, pad_id
-            )  # (B,T)
+            response, _, sampling_logprobs = rollout(
+                self.policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
+            )  # (B,T) each
         except ValueError as error:  # it has no cache
             raise BadInput(str(error), "model") from error
         mask = response_mask(response, eos_id)  # (B,T)
-        expected = []
-        for i, row in enumerate(rows):
-            alone = torch.tensor([row.prompt_ids], device=self.device)  # (1,P), without padding
-            part = slice(i, i + 1)  # one row
-            with torch.no_grad():
-                expected_part = token_logprobs(
-                    self.policy, alone, torch.ones_like(alone), response[part], mask[part]
-                )  # (1,T)
-            expected.append(expected_part)
-        difference = (torch.cat(expected) - logprobs).abs() * mask  # (B,T)
-        self.check_sampler((difference.sum() / mask.sum()).item(), torch.float32)
+        logprobs = self.logprobs_without_padding(rows, response, mask)  # (B,T)
+        difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
+        mean_difference = difference.sum() / mask.sum()
+        self.check_sampler(mean_difference.item(), torch.float32)
 
     def check_sampler(self, difference, dtype):
         """Refuse a model whose decoding is not what its full forward computes.
@@ -1653,7 +1676,7 @@ class Run:
         check_optimizer_state(self.optimizer)
         if self.rank == 0:
             drop_later_rows(self.metrics_file, checkpoint["metrics_bytes"])
-        self.steps_done = checkpoint["step"]
+        self.steps_before = checkpoint["step"]
         self.skipped_steps = checkpoint["skipped_steps"]
 
     @blame("output_dir")
@@ -1697,8 +1720,8 @@ class Run:
                 )  # (B,T)
         return (logprobs - ref_logprobs).sum(1)
 
-    def answer_rows(self, rows):
-        """An Answer to each of B rows."""
+    def sample_rows(self, rows):
+        """A Sample of each of B rows."""
         tokenizer = self.tokenizer
         prompt, attention_mask = collate(tokenizer, rows, self.device)  # (B,P)
         with weights_as(self.policy, self.dtype):
@@ -1721,9 +1744,9 @@ class Run:
         if self.reference is not None:
             kl = self.kl_to_reference(prompt, attention_mask, response).tolist()
 
-        answers = []
+        samples = []
         for i, row in enumerate(rows):
-            answer = Answer(
+            sample = Sample(
                 prompt=row.prompt_text,
                 response=texts[i],
                 greedy_response=greedy_texts[i],
@@ -1731,27 +1754,26 @@ class Run:
                 greedy_reward=greedy_reward[i].item(),
                 kl=kl[i],
             )
-            answers.append(answer)
-        return answers
+            samples.append(sample)
+        return samples
 
     @torch.no_grad()
     def evaluate(self):
-        """Return (metrics, samples): means over the held-out rows, and three of them in words."""
+        """Return (metrics, samples): means over the held-out rows, and a Sample of each."""
         size = self.args.batch_size // self.processes  # as many at once as in training
         transformers.set_seed(0)  # the same noise every time
         self.policy.eval()
-        answers = []
+        samples = []
         for part in micro_batches(len(self.held_out_rows), size):
-            answers += self.answer_rows(self.held_out_rows[part])
+            samples += self.sample_rows(self.held_out_rows[part])
 
         metrics = {
-            "eval_reward": statistics.fmean(answer.reward for answer in answers),
-            "eval_greedy_reward": statistics.fmean(answer.greedy_reward for answer in answers),
+            "eval_reward": statistics.fmean(sample.reward for sample in samples),
+            "eval_greedy_reward": statistics.fmean(sample.greedy_reward for sample in samples),
             "eval_kl": None,
         }
         if self.reference is not None:
-            metrics["eval_kl"] = statistics.fmean(answer.kl for answer in answers)
-        samples = [format_sample(answer) for answer in answers[:3]]
+            metrics["eval_kl"] = statistics.fmean(sample.kl for sample in samples)
         return metrics, samples
 
     def evaluate_and_log(self, step):
@@ -1761,8 +1783,8 @@ class Run:
         metrics, samples = self.evaluate()
         self.log({"step": step} | metrics)
         say(f"step {step}: held-out {format_metrics(metrics, 'eval_')}")
-        for sample in samples:
-            say(sample)
+        for sample in samples[:3]:
+            say(format_sample(sample))
 
     def learning_rate(self, step):
         """A cosine from --lr down to 0. It depends on the step alone: no scheduler to resume."""
@@ -1775,10 +1797,11 @@ class Run:
         All noise of a step comes from --seed and the step. So a resumed run draws the same.
         """
         step_seed = seed_of_step(self.args.seed, step)
-        transformers.set_seed(step_seed)  # of random and numpy: a reward may use them
-        torch.manual_seed(step_seed + self.rank)  # torchrun's processes draw different responses
-        # They all draw the same batch, and take turns: one takes rows 0, 2, 4, the other 1, 3, 5.
+        # All processes of torchrun draw the same batch, but different responses.
         batch = random.Random(step_seed).sample(self.training_rows, self.args.batch_size)
+        transformers.set_seed(step_seed)  # of random and numpy: a reward may use them
+        torch.manual_seed(step_seed + self.rank)
+        # They take turns: one takes rows 0, 2, 4, the other rows 1, 3, 5.
         return batch[self.rank :: self.processes]
 
     def train_step(self, step):
@@ -1816,6 +1839,8 @@ class Run:
             dtype=self.dtype,
         )
         metrics = step_metrics(result, self.tokenizer.eos_token_id)
+        if self.reference is None:
+            metrics["kl"] = None
         metrics |= result.seconds
         metrics["peak_memory_gb"] = peak_memory_gb(self.device)
         self.log({"step": step, "lr": lr} | metrics)
@@ -1848,7 +1873,9 @@ class Run:
         # Not an ordinary token such as ".": saved as EOS it would be cut out of every text.
         if eos_id in tokenizer.added_tokens_decoder:
             tokenizer.eos_token = self.tokenizer.eos_token
-        make_generate_stop_at(eos_id, config, self.policy.generation_config)
+        # generate() shall stop where training did.
+        config.eos_token_id = eos_id
+        self.policy.generation_config.eos_token_id = eos_id
         self.policy.config = config
         self.policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
@@ -1887,15 +1914,15 @@ class Run:
     def train(self, stop):
         """Take the steps that are left, with the evaluations and checkpoints that are due."""
         args = self.args
-        if self.steps_done == 0:
+        if self.steps_before == 0:
             self.evaluate_and_log(0)
         self.end_if_stuck()  # this may be a resumed run
-        if self.steps_done == args.steps:
+        if self.steps_before == args.steps:
             say(f"all {args.steps} steps are done already: larger --steps continue")
-        first_step = self.steps_done + 1
+        first_step = self.steps_before + 1
         bar = tqdm(
             range(first_step, args.steps + 1),
-            initial=self.steps_done,
+            initial=self.steps_before,
             total=args.steps,
             file=sys.stdout,
             disable=not sys.stdout.isatty(),
@@ -2121,7 +2148,7 @@ def join_torchrun():
     # A reward may take its time: the other processes wait for it.
     dist.init_process_group(backend, timeout=timedelta(hours=6))
     if dist.get_rank() > 0:  # the first process alone prints
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open for the run
+        print_nowhere()
 
 
 def run_to_the_end(args):
