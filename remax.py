@@ -268,23 +268,21 @@ class StepResult(NamedTuple):
     seconds: dict  # of the rollout, of the score, and of all the rest, called the update
 
 
+class StepSettings(NamedTuple):
+    """What is the same in all steps of a run."""
+
+    eos_id: int
+    pad_id: int
+    max_new_tokens: int  # a response without EOS is cut here
+    kl_coef: float  # beta; 0 if there is no reference
+    greedy_baseline: bool  # False sets b = 0: REINFORCE, where the greedy reward is only logged
+    micro_batch_size: int  # rows in one backward pass
+    max_grad_norm: float  # longer gradients are scaled down to it; math.inf clips nothing
+    dtype: torch.dtype  # what to compute in: float32, bfloat16 or float16
+
+
 def remax_step(
-    policy,
-    reference,
-    optimizer,
-    scaler,
-    score,
-    prompt,
-    attention_mask,
-    *,
-    eos_id,
-    pad_id,
-    max_new_tokens,
-    greedy_baseline,
-    kl_coef,
-    micro_batch_size,
-    max_grad_norm,
-    dtype,
+    policy, reference, optimizer, scaler, score, prompt, attention_mask, settings: StepSettings
 ):
     """One update of the policy from B prompts: the six steps at the top of this file.
 
@@ -296,25 +294,22 @@ def remax_step(
     score: a function, responses (2B,T) -> rewards (2B,). It gets the B sampled responses and then
     the B greedy ones, each in the order of the prompts. It knows the prompts itself.
     prompt, attention_mask: (B,P), padded on the left.
-    greedy_baseline: False sets b = 0. That is REINFORCE, and the greedy reward is only logged.
-    micro_batch_size: rows in one backward pass. max_grad_norm: where the gradient is clipped;
-    math.inf clips nothing.
-    dtype: what to compute in: float32, bfloat16 or float16.
     Returns a StepResult. The policy is left in train() mode.
     Raises ValueError for kl_coef without a reference, and for rewards of another shape.
     Under torchrun each process brings B prompts of its own, and all make the same update.
     """
-    if reference is None and kl_coef != 0:
+    if reference is None and settings.kl_coef != 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     device = prompt.device
+    eos_id, dtype = settings.eos_id, settings.dtype
     stopwatch = Stopwatch()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
     with weights_as(policy, dtype):
         response, greedy_response, sampling_logprobs = rollout(
-            policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
+            policy, prompt, attention_mask, settings.max_new_tokens, eos_id, settings.pad_id
         )  # (B,T) each
     stopwatch.lap("rollout_seconds")
 
@@ -324,7 +319,7 @@ def remax_step(
     if rewards.shape != (2 * B,):  # (2B,1) would be broadcast to a wrong loss
         raise ValueError(f"score must return {2 * B} rewards, not the shape {list(rewards.shape)}")
     reward, greedy_reward = rewards.detach().float().chunk(2)  # (B,) each
-    if greedy_baseline:
+    if settings.greedy_baseline:
         baseline = greedy_reward  # (B,)
     else:
         baseline = torch.zeros_like(greedy_reward)  # (B,)
@@ -339,7 +334,7 @@ def remax_step(
     else:
         with on_device(reference, device), computing_in(dtype, device):
             ref_logprobs = logprobs_without_gradient(
-                reference, prompt, attention_mask, response, mask, micro_batch_size
+                reference, prompt, attention_mask, response, mask, settings.micro_batch_size
             )  # (B,T)
 
     # 5. Gradient. The log-probs of the policy once more: those of the rollout carry no gradient.
@@ -348,13 +343,18 @@ def remax_step(
     policy.zero_grad()  # an earlier step may have failed half way
     batch_loss = 0.0
     logprobs = []
-    for part in micro_batches(B, micro_batch_size):  # N rows
+    for part in micro_batches(B, settings.micro_batch_size):  # N rows
         with computing_in(dtype, device):
             part_logprobs = token_logprobs(
                 policy, prompt[part], attention_mask[part], response[part], mask[part]
             )  # (N,T)
         loss = remax_loss(
-            part_logprobs, ref_logprobs[part], mask[part], reward[part], baseline[part], kl_coef
+            part_logprobs,
+            ref_logprobs[part],
+            mask[part],
+            reward[part],
+            baseline[part],
+            settings.kl_coef,
         )
         # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
         loss = loss * len(part_logprobs) / B
@@ -367,7 +367,7 @@ def remax_step(
     # finite is left out, and counted. (In float16 the scaler would leave it out too.)
     average_gradients(policy)  # under torchrun: each process has had its share of the batch
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
     if grad_norm.isfinite():
         scaler.step(optimizer)
     scaler.update()
@@ -547,10 +547,10 @@ def as_flag(name):
 
 def as_typed(name, value):
     """A flag and its value as a person would type them."""
-    if value is None or value is True:  # not given, or switched on
+    if value is None:  # it was not given
         return as_flag(name)
-    if value is False:
-        return as_flag(f"no_{name}")  # --no-offload for offload
+    if isinstance(value, bool):  # --offload or --no-offload
+        return as_flag(name if value else f"no_{name}")
     return f"{as_flag(name)} {as_text(value)}"
 
 
@@ -986,6 +986,14 @@ def contents_of(chat):
     return "\n".join(message["content"] for message in chat)
 
 
+def give_padding_token(tokenizer):
+    """Name a padding token if there is none. Rather not EOS, with which a text may end."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 class RewardModel:
     """A sequence classifier as a reward function: (prompts, completions) -> rewards (N,).
 
@@ -998,14 +1006,13 @@ class RewardModel:
         if not is_made_for(config, "SequenceClassification"):
             raise ValueError(f"{name} is not a sequence classifier")
         tokenizer = load_tokenizer(name, padding_side="right", truncation_side="left")
-        if tokenizer.pad_token is None:  # rather not EOS, with which a text may end
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.model_max_length = min(tokenizer.model_max_length, largest_length(config))
+        give_padding_token(tokenizer)
         self.tokenizer = tokenizer
         self.model = load_model(AutoModelForSequenceClassification, name, dtype=dtype)
         self.model.requires_grad_(False)
         # A GPT-2 classifier reads the last token that is no padding: it must know the padding.
         self.model.config.pad_token_id = tokenizer.pad_token_id
-        tokenizer.model_max_length = min(tokenizer.model_max_length, largest_length(config))
         self.device = device  # where it computes; with --offload its home is the CPU
 
     @blame("reward", "prompts")
@@ -1325,6 +1332,15 @@ def lock(file):
         raise ValueError(f"another run is writing {file.name}") from error
 
 
+def may_continue(name, old, new):
+    """Whether a run that was made with one value of a flag may go on with another one."""
+    if name in MAY_CHANGE:
+        return True
+    if name == "steps":  # a longer run
+        return int(new) >= int(old)
+    return new == old
+
+
 @blame("output_dir")
 def read_checkpoint(args, new_args, folder):
     """The checkpoint that --resume goes on from. Raises BadInput if other flags made it.
@@ -1342,12 +1358,9 @@ def read_checkpoint(args, new_args, folder):
         raise ValueError(f"{path} is no checkpoint of remax.py")
     for name, old in checkpoint["args"].items():
         new = new_args.get(name)
-        if new == old or name in MAY_CHANGE:
-            continue
-        if name == "steps" and int(new) > int(old):  # a longer run
-            continue
-        reason = f"{as_flag(name)} is {new}, but the run was made with {old}"
-        raise BadInput(reason, name, "output_dir")
+        if not may_continue(name, old, new):
+            reason = f"{as_flag(name)} is {new}, but the run was made with {old}"
+            raise BadInput(reason, name, "output_dir")
     return checkpoint
 
 
@@ -1574,6 +1587,7 @@ class Run:
         self.args_as_texts = args_as_texts(args, self.dtype)  # now: files may change during the run
         check_policy(args)
         self.tokenizer = load_policy_tokenizer(args)
+        self.settings = self.step_settings()
         self.folder = Path(args.output_dir).resolve()
         self.metrics_file = None
         if self.rank == 0:  # under torchrun the first process alone writes
@@ -1625,6 +1639,19 @@ class Run:
             )  # (1,T)
             logprobs.append(row_logprobs)
         return torch.cat(logprobs)
+
+    def step_settings(self):
+        args = self.args
+        return StepSettings(
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_new_tokens=args.max_new_tokens,
+            kl_coef=args.kl_coef,
+            greedy_baseline=args.baseline == "greedy",
+            micro_batch_size=args.micro_batch_size,
+            max_grad_norm=args.max_grad_norm,
+            dtype=self.dtype,
+        )
 
     def check_decoding(self):
         """Draw a few tokens and check them, before any time is spent on a model that fails.
@@ -1829,14 +1856,7 @@ class Run:
             score,
             prompt,
             attention_mask,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            max_new_tokens=args.max_new_tokens,
-            greedy_baseline=args.baseline == "greedy",
-            kl_coef=args.kl_coef,
-            micro_batch_size=args.micro_batch_size,
-            max_grad_norm=args.max_grad_norm,
-            dtype=self.dtype,
+            self.settings,
         )
         metrics = step_metrics(result, self.tokenizer.eos_token_id)
         if self.reference is None:
@@ -1862,22 +1882,25 @@ class Run:
         }
         save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
+    def config_with_noise(self):
+        """The policy's config as it was loaded, with the dropout that load_policy() turned off."""
+        config = AutoConfig.from_pretrained(self.args.model)
+        is_of_images_too = config.model_type != self.policy.config.model_type
+        return config.get_text_config() if is_of_images_too else config
+
     @blame("output_dir", "model")
     def save_model(self):
-        """Save the policy and its tokenizer: as loaded, but for the weights and EOS."""
-        config = AutoConfig.from_pretrained(self.args.model)  # load_policy() has set dropout to 0
-        if config.model_type != self.policy.config.model_type:  # of images and text, as loaded
-            config = config.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+        """Save the policy and its tokenizer. generate() will stop where training did."""
         eos_id = self.tokenizer.eos_token_id
+        self.policy.config = self.config_with_noise()
+        self.policy.config.eos_token_id = eos_id
+        self.policy.generation_config.eos_token_id = eos_id
+        self.policy.save_pretrained(self.folder / "model")
+
+        tokenizer = AutoTokenizer.from_pretrained(self.args.model)
         # Not an ordinary token such as ".": saved as EOS it would be cut out of every text.
         if eos_id in tokenizer.added_tokens_decoder:
             tokenizer.eos_token = self.tokenizer.eos_token
-        # generate() shall stop where training did.
-        config.eos_token_id = eos_id
-        self.policy.generation_config.eos_token_id = eos_id
-        self.policy.config = config
-        self.policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
 
     def warn_of_no_advantage(self, metrics):

@@ -383,8 +383,9 @@ def step(
     prompt, attention_mask = prompts(B, vocab_size=policy.config.vocab_size)
     prompt, attention_mask = prompt.to(device), attention_mask.to(device)
     options |= kwargs
+    settings = remax.StepSettings(**options)
     result = remax.remax_step(
-        policy, reference, optimizer, scaler, reward, prompt, attention_mask, **options
+        policy, reference, optimizer, scaler, reward, prompt, attention_mask, settings
     )
     return remax.step_metrics(result, EOS)
 
@@ -3000,6 +3001,16 @@ def one_step(folder, rank, processes):
         dist.init_process_group("gloo", meeting, rank=rank, world_size=processes)
     policy, reference, prompts = torch.load(folder / "inputs.pt", weights_only=False)
     prompt = prompts[rank::processes]  # (B,P)
+    settings = remax.StepSettings(
+        eos_id=EOS,
+        pad_id=PAD,
+        max_new_tokens=6,
+        kl_coef=0.1,
+        greedy_baseline=False,
+        micro_batch_size=3,
+        max_grad_norm=0.1,
+        dtype=torch.float32,
+    )
     result = remax.remax_step(
         policy,
         reference,
@@ -3008,14 +3019,7 @@ def one_step(folder, rank, processes):
         lambda responses: (responses + prompt.repeat(2, 1)[:, :1]).float().mean(1),
         prompt,
         torch.ones_like(prompt),
-        eos_id=EOS,
-        pad_id=PAD,
-        max_new_tokens=6,
-        greedy_baseline=False,
-        kl_coef=0.1,
-        micro_batch_size=3,
-        max_grad_norm=0.1,
-        dtype=torch.float32,
+        settings,
     )
     metrics = remax.step_metrics(result, EOS)
     torch.save((policy.state_dict(), metrics), folder / f"{rank}-of-{processes}.pt")
@@ -3196,7 +3200,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("token mean", "(logprobs * token_advantage * mask).sum(1).mean()",
      "(logprobs * token_advantage * mask).sum() / mask.sum()", "reinforce"),
     ("per-micro-batch mean", "loss = loss * len(part_logprobs) / B",
-     "loss = loss * micro_batch_size / B", "micro_batch_size"),
+     "loss = loss * settings.micro_batch_size / B", "micro_batch_size"),
     ("top_k left at its default", "all_logprobs = sampled_logits.log_softmax(-1)",
      "all_logprobs = sampled_logits.masked_fill("
      "sampled_logits < sampled_logits.topk(50).values[:, -1:], -99).log_softmax(-1)",
@@ -3232,7 +3236,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "self.tokenizer, [row for row in rows for _ in range(2)], responses", "greedy_half_gets"),
     ("weights saved with use_cache off", "AutoConfig.from_pretrained(self.args.model)",
      "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model_is"),
-    ("dropout saved as 0", "self.policy.config = config",
+    ("dropout saved as 0", "self.policy.config = self.config_with_noise()",
      "pass", "saved_model"),
     ("finished rows go on", ".masked_fill(done, pad_id)", "", "half_of_the_rollout"),
     ("resume that forgets the RNG", "seed_of_step(self.args.seed, step)",
@@ -3245,7 +3249,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "progress = (step - 1 - self.steps_before) / self.args.steps", "extend_a_run"),
     ("resume that keeps the rows past the checkpoint",
      "metrics_file.truncate(min(size_now, size_then))", "pass", "cut_off"),
-    ("resume with other mathematics", "if new == old or name in MAY_CHANGE:", "if True:",
+    ("resume with other mathematics", "    return new == old\n", "    return True\n",
      "resumed_as_another"),
     ("checkpoint written over the old one", 'unfinished = path.with_suffix(".new")',
      "unfinished = path",

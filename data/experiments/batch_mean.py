@@ -18,7 +18,7 @@ import remax
 remax_step = remax.remax_step
 
 
-def step_with_batch_mean(policy, reference, optimizer, scaler, score, *inputs, **settings):
+def step_with_batch_mean(policy, reference, optimizer, scaler, score, *inputs_and_settings):
     """remax_step, but the rewards of the greedy responses are replaced by the other baseline."""
 
     def score_with_batch_mean(responses):
@@ -27,7 +27,7 @@ def step_with_batch_mean(policy, reference, optimizer, scaler, score, *inputs, *
         return torch.cat([reward, others])  # (2B,)
 
     return remax_step(
-        policy, reference, optimizer, scaler, score_with_batch_mean, *inputs, **settings
+        policy, reference, optimizer, scaler, score_with_batch_mean, *inputs_and_settings
     )
 
 

@@ -241,22 +241,18 @@ def steps(policy, prompt, attention_mask, repeats):
         return classifier(ids).logits[:, -1].float()
 
     def step(micro_batch_size, new_tokens=T):
-        result = remax.remax_step(
-            policy,
-            reference,
-            optimizer,
-            scaler,
-            score,
-            prompt,
-            attention_mask,
+        settings = remax.StepSettings(
             eos_id=NO_EOS,
             pad_id=PAD,
             max_new_tokens=new_tokens,
-            greedy_baseline=True,
             kl_coef=0.01,
+            greedy_baseline=True,
             micro_batch_size=micro_batch_size,
             max_grad_norm=1.0,
             dtype=DTYPE,
+        )
+        result = remax.remax_step(
+            policy, reference, optimizer, scaler, score, prompt, attention_mask, settings
         )
         return remax.step_metrics(result, NO_EOS) | result.seconds
 

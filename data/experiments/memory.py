@@ -265,22 +265,18 @@ def step_peaks(model, flags):
         scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
         for tokens in (1, T):  # the first step creates the optimizer's state
             meter.start()
-            result = remax.remax_step(
-                policy,
-                reference,
-                optimizer,
-                scaler,
-                score,
-                prompt,
-                attention_mask,
+            settings = remax.StepSettings(
                 eos_id=-1,
                 pad_id=0,
                 max_new_tokens=tokens,
-                greedy_baseline=not is_ppo,
                 kl_coef=0.01,
+                greedy_baseline=not is_ppo,
                 micro_batch_size=micro_batch_size,
                 max_grad_norm=1.0,
                 dtype=DTYPE,
+            )
+            result = remax.remax_step(
+                policy, reference, optimizer, scaler, score, prompt, attention_mask, settings
             )
             if is_ppo:
                 if not PPO[flags]:
