@@ -1903,7 +1903,7 @@ class Run:
             tokenizer.eos_token = self.tokenizer.eos_token
         tokenizer.save_pretrained(self.folder / "model")
 
-    def warn_of_no_advantage(self, metrics):
+    def count_steps_without_advantage(self, metrics):
         """Say once that nothing is learned: for 20 steps in a row every advantage was 0."""
         if metrics["zero_advantage"] == 1:
             self.steps_without_advantage += 1
@@ -1927,6 +1927,16 @@ class Run:
             reason = f"no finite gradient in {self.skipped_steps} steps; a checkpoint is saved"
             raise BadInput(reason, "lr", "precision", "kl_coef")
 
+    def make_bar(self, first_step):
+        """A progress bar over the steps that are left. In a log it does not show."""
+        return tqdm(
+            range(first_step, self.args.steps + 1),
+            initial=self.steps_before,
+            total=self.args.steps,
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
+        )
+
     def show(self, bar, step, metrics):
         """Write the step's metrics beside the bar, or in a log as a line."""
         if sys.stdout.isatty():
@@ -1943,19 +1953,13 @@ class Run:
         if self.steps_before == args.steps:
             say(f"all {args.steps} steps are done already: larger --steps continue")
         first_step = self.steps_before + 1
-        bar = tqdm(
-            range(first_step, args.steps + 1),
-            initial=self.steps_before,
-            total=args.steps,
-            file=sys.stdout,
-            disable=not sys.stdout.isatty(),
-        )
+        bar = self.make_bar(first_step)
         for step in bar:
             metrics = self.train_step(step)
             if step == first_step:
                 self.check_sampler(metrics["sampling_logp_difference"], self.dtype)
             self.show(bar, step, metrics)
-            self.warn_of_no_advantage(metrics)
+            self.count_steps_without_advantage(metrics)
             self.count_skipped_steps(metrics)
 
             is_last = step == args.steps
@@ -1963,8 +1967,8 @@ class Run:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            is_due = step % args.save_every == 0
-            if is_last or is_stopped or is_due or self.is_stuck():
+            ends_here = is_last or is_stopped or self.is_stuck()
+            if ends_here or step % args.save_every == 0:
                 self.save(step)
             self.end_if_stuck()
             if is_stopped:
