@@ -33,8 +33,8 @@ Symbols, in shapes and equations:
 Prompts are padded on the left, responses on the right.
 
 To learn the algorithm, read from rollout to remax_step and the short functions
-below it. Where it ends there is a line. The rest reads prompts, asks for
-rewards, saves the run, and refuses what would go wrong.
+below it, up to the heading "End of the algorithm". The rest reads prompts, asks
+for rewards, saves the run, and refuses what would go wrong.
 
   python remax.py                        # a tiny GPT-2: no GPU, no download
   python remax.py --model gpt2-large     # one GPU: favourable film reviews
@@ -129,7 +129,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         sampled_logits, greedy_logits = next_logits.chunk(2)  # (B,V) each
         all_logprobs = sampled_logits.log_softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(all_logprobs.exp(), 1)  # (B,1): y_t
-        logprobs.append(all_logprobs.gather(1, sampled))  # (B,1)
+        logprobs.append(all_logprobs.gather(1, sampled))  # (B,1); behind EOS nobody reads them
         greedy = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
         new_tokens = torch.cat([sampled, greedy])  # (2B,1)
 
@@ -208,8 +208,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #
 # Line (d) allows any b that does not depend on y. The greedy response depends on the prompt and the
 # weights alone. b is there to lower the variance. Suppose that all responses to a prompt have
-# rewards between 0.8 and 1. Without b each of them is made more likely, the bad ones too, and only
-# an average over many responses shows which ones are better. With b = 0.9 a single one shows it.
+# rewards between 0.8 and 1. Without b each one that is drawn is made more likely, the bad ones too,
+# and only an average over many shows which ones are better. With b = 0.9 a single one shows it.
 # A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a critic to
 # predict. The greedy reward is a guess at V(x) that needs no training. It is often too high: then
 # most r - b are negative, and the bad responses are pushed down most. The mean stays right, by
@@ -265,7 +265,6 @@ class StepResult(NamedTuple):
     sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
-    seconds: dict  # of the rollout, of the score, and of all the rest, called the update
 
 
 class StepSettings(NamedTuple):
@@ -303,7 +302,6 @@ def remax_step(
     B = len(prompt)
     device = prompt.device
     eos_id, dtype = settings.eos_id, settings.dtype
-    stopwatch = Stopwatch()
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
@@ -311,7 +309,6 @@ def remax_step(
         response, greedy_response, sampling_logprobs = rollout(
             policy, prompt, attention_mask, settings.max_new_tokens, eos_id, settings.pad_id
         )  # (B,T) each
-    stopwatch.lap("rollout_seconds")
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
     responses = torch.cat([response, greedy_response])  # (2B,T)
@@ -323,7 +320,6 @@ def remax_step(
         baseline = greedy_reward  # (B,)
     else:
         baseline = torch.zeros_like(greedy_reward)  # (B,)
-    stopwatch.lap("score_seconds")
 
     # 3. Mask.
     mask = response_mask(response, eos_id)  # (B,T)
@@ -372,7 +368,6 @@ def remax_step(
         scaler.step(optimizer)
     scaler.update()
     policy.zero_grad()  # the next rollout needs their memory
-    stopwatch.lap("update_seconds")
 
     return StepResult(
         response=response,
@@ -386,29 +381,12 @@ def remax_step(
         sampling_logprobs=sampling_logprobs,
         loss=batch_loss,
         grad_norm=grad_norm,
-        seconds=stopwatch.seconds,
     )
 
 
 # -------------------------------------------------------------------------------------------------
 # What remax_step uses.
 # -------------------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """The seconds of the parts of a step, by name."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.start = time.perf_counter()
-
-    def lap(self, name):
-        """A part ends now, and the next one begins."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the GPU may still be at work on this part
-        now = time.perf_counter()
-        self.seconds[name] = now - self.start
-        self.start = now
 
 
 @contextmanager
@@ -504,7 +482,10 @@ class BadInput(Exception):
 
 
 def first_line(error):
-    """The first line of an error's message; with its type, unless that says no more."""
+    """The first line of an error's message.
+
+    OSError and ValueError explain themselves. Other errors get their type in front: KeyError: 'x'.
+    """
     lines = str(error).strip().splitlines()
     message = lines[0] if lines else "no message"
     if isinstance(error, (OSError, ValueError)):
@@ -532,8 +513,8 @@ def blame(*flags):
 HERE = Path(__file__).resolve().parent
 
 
-def as_text(value):
-    """A flag's value as text; a path in this file's folder without that folder.
+def without_folder(value):
+    """A flag's value as text; for a path in the folder of this file, without that folder.
 
     Lines stay short, and --resume finds the same text after the folder was moved.
     """
@@ -551,7 +532,7 @@ def as_typed(name, value):
         return as_flag(name)
     if isinstance(value, bool):  # --offload or --no-offload
         return as_flag(name if value else f"no_{name}")
-    return f"{as_flag(name)} {as_text(value)}"
+    return f"{as_flag(name)} {without_folder(value)}"
 
 
 def split_function(name):
@@ -600,7 +581,7 @@ def load_tokenizer(name, **options):
     # From a folder without a tokenizer AutoTokenizer makes one of special tokens alone.
     has_words = len(tokenizer) > len(tokenizer.all_special_tokens)
     if not has_words:
-        raise ValueError(f"{as_text(name)} holds no tokenizer")
+        raise ValueError(f"{without_folder(name)} holds no tokenizer")
     return tokenizer
 
 
@@ -757,12 +738,13 @@ def check_end_of_turn(tokenizer, chat):
 
     SmolLM2's template ends a turn with "<|im_end|>" and a newline, and its EOS is <|im_end|>.
     """
-    content = "the content of a turn"
-    text = render(tokenizer, [*chat, {"role": "assistant", "content": content}])
-    after_content = text.split(content)[-1]  # what the template writes after an answer
-    if not after_content.strip().startswith(tokenizer.eos_token):
+    # Render an answer that we know, and look at what the template writes after it.
+    answer = "the content of a turn"
+    text = render(tokenizer, [*chat, {"role": "assistant", "content": answer}])
+    after_answer = text.split(answer)[-1]
+    if not after_answer.strip().startswith(tokenizer.eos_token):
         reason = (
-            f"the template ends a turn with {after_content!r}, and not with EOS "
+            f"the template ends a turn with {after_answer!r}, and not with EOS "
             f"{tokenizer.eos_token!r}: name the first token of this ending by --eos-token"
         )
         raise BadInput(reason, "model", "eos_token")
@@ -773,33 +755,34 @@ def encode_texts(tokenizer, texts):
     batch = tokenizer(texts, return_special_tokens_mask=True)
     encoded = []
     for ids, is_special in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
-        while ids and is_special[len(ids) - 1]:  # some tokenizers put EOS there
-            ids = ids[:-1]
-        encoded.append(ids)
+        length = len(ids)
+        while length > 0 and is_special[length - 1]:  # some tokenizers put EOS there
+            length -= 1
+        encoded.append(ids[:length])
     return encoded
 
 
-def encode_chats(tokenizer, chats):
-    """The token ids of each chat, through the template, up to where the answer begins."""
+def check_template(tokenizer, chats):
+    """Raise BadInput unless the policy has a chat template whose turns end with EOS."""
     if tokenizer.chat_template is None:
         reason = (
             "the prompts are chats, but the policy's tokenizer has no chat template: "
             "take an instruct model, or give texts as prompts"
         )
         raise BadInput(reason, "model", "prompts")
-    encoded = []
-    has_been_checked = False
     for chat in chats:
-        if not chat:
-            encoded.append([])  # it is left out later
-            continue
-        if not has_been_checked:
+        if chat:
             check_end_of_turn(tokenizer, chat)
-            has_been_checked = True
-        text = render(tokenizer, chat, add_generation_prompt=True)
-        # The template writes the special tokens itself: added again, BOS would stand there twice.
-        encoded.append(tokenizer.encode(text, add_special_tokens=False))
-    return encoded
+            return  # one is enough
+
+
+def encode_chat(tokenizer, chat):
+    """The token ids of a chat, through the template, up to where the answer begins."""
+    if not chat:
+        return []  # is_usable() leaves it out
+    text = render(tokenizer, chat, add_generation_prompt=True)
+    # The template writes the special tokens itself: added again, BOS would stand there twice.
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_rows(rows):
@@ -841,7 +824,8 @@ def read_prompts(args, tokenizer):
     prompts = [row[args.prompt_column] for row in rows]
     check_prompts(prompts)
     if isinstance(prompts[0], list):
-        return rows, encode_chats(tokenizer, prompts)
+        check_template(tokenizer, prompts)
+        return rows, [encode_chat(tokenizer, chat) for chat in prompts]
     if tokenizer.chat_template is not None:
         say("the prompts are texts: the policy's chat template is not applied")
     return rows, encode_texts(tokenizer, prompts)
@@ -877,18 +861,19 @@ def make_row(args, tokenizer, values, ids):
 
     values: a row of the dataset, column -> value. ids: the token ids of its prompt.
     """
-    prompt = values[args.prompt_column]
-    is_chat = isinstance(prompt, list)
-    is_cut = len(ids) > args.max_prompt_tokens and not is_chat
+    columns = dict(values)
+    prompt = columns.pop(args.prompt_column)
+    is_text = isinstance(prompt, str)
+    is_cut = is_text and len(ids) > args.max_prompt_tokens
     if is_cut:
         ids = cut_ids(tokenizer, ids, args.max_prompt_tokens)
-    text = decode(tokenizer, ids)
+        prompt = decode(tokenizer, ids)
     return PromptRow(
         prompt_ids=ids,
-        prompt_text=text,
+        prompt_text=decode(tokenizer, ids),
         is_cut=is_cut,
-        prompt=text if is_cut else prompt,
-        columns={name: values[name] for name in values if name != args.prompt_column},
+        prompt=prompt,
+        columns=columns,
     )
 
 
@@ -964,7 +949,8 @@ def import_file(path):
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)  # process pools look for its functions here
+    # Process pools look for its functions there. A library of the same name stays.
+    sys.modules.setdefault(name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -1182,13 +1168,13 @@ def load_model(auto_class, name, **options):
     )
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
-        raise ValueError(f"{as_text(name)} has no fitting weights for {absent[0]}")
+        raise ValueError(f"{without_folder(name)} has no fitting weights for {absent[0]}")
     unused = sorted(info["unexpected_keys"])
     if unused:
-        say(f"{as_text(name)} has weights that its model does not use: {unused[0]}, ...")
+        say(f"{without_folder(name)} has weights that its model does not use: {unused[0]}, ...")
     for parameter in model.parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{as_text(name)} has weights that are not finite")
+            raise ValueError(f"{without_folder(name)} has weights that are not finite")
     return model
 
 
@@ -1229,7 +1215,7 @@ def load_policy(args):
     # float32: bfloat16 weights would round an update of 1e-6 away.
     policy = load_model(AutoModelForCausalLM, args.model, config=config, dtype=torch.float32)
     if policy.config.model_type != config.model_type:
-        say(f"{as_text(args.model)}: only its language model is trained and saved")
+        say(f"{without_folder(args.model)}: only its language model is trained and saved")
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -1308,7 +1294,7 @@ def fingerprint(path):
 @blame("model", "prompts", "reward")
 def args_as_texts(args, dtype):
     """The arguments as texts, for --resume to compare: name -> text."""
-    texts = {name: as_text(value) for name, value in vars(args).items()}
+    texts = {name: without_folder(value) for name, value in vars(args).items()}
     texts["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files and folders count by their content: they may have been edited since, or moved.
     if os.path.exists(args.model):
@@ -1423,6 +1409,12 @@ if hasattr(signal, "SIGHUP"):  # Windows has none
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
+def end_at_once():
+    for child in multiprocessing.active_children():  # of a reward: they ignore Ctrl-C
+        child.terminate()
+    raise KeyboardInterrupt
+
+
 class StopRequest:
     """Remembers a signal until the step is done. Ctrl-C after another signal ends the run at once.
 
@@ -1438,9 +1430,7 @@ class StopRequest:
     def on_signal(self, number, frame):
         was_asked_before = self.signal_number != 0
         if was_asked_before and number == signal.SIGINT:
-            for child in multiprocessing.active_children():  # of a reward: they ignore Ctrl-C
-                child.terminate()
-            raise KeyboardInterrupt
+            end_at_once()
         self.signal_number = number
         # Not print(): the signal may have come in the middle of one.
         message = b"\nstopping after this step; press again to stop now, unsaved\n"
@@ -1524,16 +1514,36 @@ def mean_over_processes(values):
     return mean.item()
 
 
-def step_metrics(result, eos_id):
+class Stopwatch:
+    """The seconds of the parts of a step, by name."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.start = time.perf_counter()
+
+    def lap(self, name):
+        """A part ends now, and the next one begins."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the GPU may still be at work on this part
+        now = time.perf_counter()
+        self.seconds[name] = now - self.start
+        self.start = now
+
+
+def step_metrics(result, settings):
     """The metrics of a StepResult as numbers: means over the batch of all processes."""
-    log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
-    kl = mean_over_processes(log_ratio.sum(1))  # in nats per response
+    kl = None  # there is no reference
+    if settings.kl_coef > 0:
+        log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
+        kl = mean_over_processes(log_ratio.sum(1))  # in nats per response
+    has_eos = (result.response == settings.eos_id).any(1)  # (B,)
     tokens = mean_over_processes(result.mask.sum(1))
     # The next two are in nats per token: the mean sum over a response, divided by its mean length.
     entropy = mean_over_processes(-result.logprobs.sum(1)) / tokens
     difference = (result.logprobs - result.sampling_logprobs).abs() * result.mask  # (B,T)
     sampling_logp_difference = mean_over_processes(difference.sum(1)) / tokens
     grad_norm = mean_over_processes(result.grad_norm)
+    skipped = 0.0 if math.isfinite(grad_norm) else 1.0
     return {
         "reward": mean_over_processes(result.reward),
         "greedy_reward": mean_over_processes(result.greedy_reward),
@@ -1542,11 +1552,11 @@ def step_metrics(result, eos_id):
         "kl": kl,
         "entropy": entropy,
         "tokens": tokens,
-        "eos": mean_over_processes((result.response == eos_id).any(1)),
+        "eos": mean_over_processes(has_eos),
         "sampling_logp_difference": sampling_logp_difference,
         "loss": mean_over_processes(result.loss),
         "grad_norm": grad_norm,
-        "skipped": 0.0 if math.isfinite(grad_norm) else 1.0,
+        "skipped": skipped,
     }
 
 
@@ -1572,11 +1582,11 @@ class Run:
         self.skipped_steps = 0  # in a row, up to now
 
         # The machine.
-        self.rank, self.processes = 0, 1
+        self.rank, self.process_count = 0, 1
         if dist.is_initialized():
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        if args.batch_size % self.processes != 0:
-            reason = f"the batch does not divide among {self.processes} processes"
+            self.rank, self.process_count = dist.get_rank(), dist.get_world_size()
+        if args.batch_size % self.process_count != 0:
+            reason = f"the batch does not divide among {self.process_count} processes"
             raise BadInput(reason, "batch_size")
         self.device = choose_device(args.device)
         if self.device.type == "cuda":
@@ -1717,8 +1727,8 @@ class Run:
         millions = self.policy.num_parameters() / 1e6
         reference = "none" if self.reference is None else "the same"
         say(
-            f"policy {as_text(args.model)} ({millions:.1f}M parameters), "
-            f"reference {reference}, reward {as_text(args.reward)}, "
+            f"policy {without_folder(args.model)} ({millions:.1f}M parameters), "
+            f"reference {reference}, reward {without_folder(args.reward)}, "
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
         is_chat = isinstance(self.training_rows[0].prompt, list)
@@ -1787,7 +1797,7 @@ class Run:
     @torch.no_grad()
     def evaluate(self):
         """Return (metrics, samples): means over the held-out rows, and a Sample of each."""
-        size = self.args.batch_size // self.processes  # as many at once as in training
+        size = self.args.batch_size // self.process_count  # as many at once as in training
         transformers.set_seed(0)  # the same noise every time
         self.policy.eval()
         samples = []
@@ -1826,44 +1836,49 @@ class Run:
         step_seed = seed_of_step(self.args.seed, step)
         # All processes of torchrun draw the same batch, but different responses.
         batch = random.Random(step_seed).sample(self.training_rows, self.args.batch_size)
-        transformers.set_seed(step_seed)  # of random and numpy: a reward may use them
+        transformers.set_seed(step_seed)  # a reward may use random or numpy
         torch.manual_seed(step_seed + self.rank)
         # They take turns: one takes rows 0, 2, 4, the other rows 1, 3, 5.
-        return batch[self.rank :: self.processes]
+        return batch[self.rank :: self.process_count]
+
+    def set_learning_rate(self, lr):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def train_step(self, step):
         """Draw prompts, take one step of the algorithm, log and return its metrics."""
-        args = self.args
         rows = self.draw_rows(step)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
-
         lr = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.set_learning_rate(lr)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        stopwatch = Stopwatch()
 
         def score(responses):  # the sampled ones, and the greedy ones to the same prompts
-            return score_responses(
-                args, self.reward_function, self.tokenizer, rows + rows, responses
+            stopwatch.lap("rollout_seconds")
+            rewards = score_responses(
+                self.args, self.reward_function, self.tokenizer, rows + rows, responses
             )
+            stopwatch.lap("score_seconds")
+            return rewards
 
         result = remax_step(
-            self.policy,
-            self.reference,
-            self.optimizer,
-            self.scaler,
-            score,
-            prompt,
-            attention_mask,
-            self.settings,
+            policy=self.policy,
+            reference=self.reference,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            score=score,
+            prompt=prompt,
+            attention_mask=attention_mask,
+            settings=self.settings,
         )
-        metrics = step_metrics(result, self.tokenizer.eos_token_id)
-        if self.reference is None:
-            metrics["kl"] = None
-        metrics |= result.seconds
+        stopwatch.lap("update_seconds")
+        metrics = {"step": step, "lr": lr}
+        metrics |= step_metrics(result, self.settings)
+        metrics |= stopwatch.seconds
         metrics["peak_memory_gb"] = peak_memory_gb(self.device)
-        self.log({"step": step, "lr": lr} | metrics)
+        self.log(metrics)
         return metrics
 
     @blame("output_dir")
@@ -1882,22 +1897,23 @@ class Run:
         }
         save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
-    def config_with_noise(self):
-        """The policy's config as it was loaded, with the dropout that load_policy() turned off."""
+    def config_as_loaded(self):
+        """The policy's config from before load_policy() set its dropout to 0."""
         config = AutoConfig.from_pretrained(self.args.model)
-        is_of_images_too = config.model_type != self.policy.config.model_type
-        return config.get_text_config() if is_of_images_too else config
+        if config.model_type != self.policy.config.model_type:  # of a model for images and text
+            config = config.get_text_config()
+        return config
 
     @blame("output_dir", "model")
     def save_model(self):
         """Save the policy and its tokenizer. generate() will stop where training did."""
         eos_id = self.tokenizer.eos_token_id
-        self.policy.config = self.config_with_noise()
+        self.policy.config = self.config_as_loaded()
         self.policy.config.eos_token_id = eos_id
         self.policy.generation_config.eos_token_id = eos_id
         self.policy.save_pretrained(self.folder / "model")
 
-        tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.args.model)  # without our padding token
         # Not an ordinary token such as ".": saved as EOS it would be cut out of every text.
         if eos_id in tokenizer.added_tokens_decoder:
             tokenizer.eos_token = self.tokenizer.eos_token
@@ -2178,6 +2194,15 @@ def join_torchrun():
         print_nowhere()
 
 
+def prepare_process():
+    silence_libraries()
+    prepare_forks()  # before a reward file is imported
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
+    if dist.is_torchelastic_launched():
+        join_torchrun()
+
+
 def run_to_the_end(args):
     """Load, train, and save the trained model."""
     run = Run(args)
@@ -2192,12 +2217,7 @@ def run_to_the_end(args):
 def main(argv=None):
     """Read the flags, and answer in two lines if they do not work out."""
     args = parse_args(argv)
-    silence_libraries()
-    prepare_forks()  # before a reward file is imported
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
-    if dist.is_torchelastic_launched():
-        join_torchrun()
+    prepare_process()
     try:
         run_to_the_end(args)
     except BadInput as error:

@@ -385,9 +385,16 @@ def step(
     options |= kwargs
     settings = remax.StepSettings(**options)
     result = remax.remax_step(
-        policy, reference, optimizer, scaler, reward, prompt, attention_mask, settings
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        scaler=scaler,
+        score=reward,
+        prompt=prompt,
+        attention_mask=attention_mask,
+        settings=settings,
     )
-    return remax.step_metrics(result, EOS)
+    return remax.step_metrics(result, settings)
 
 
 @contextlib.contextmanager
@@ -644,9 +651,20 @@ def exact_gradient(world, kl_coef):
     return gradient(world.policy, kl_coef * kl - expected_reward)
 
 
+def reward_of_the_greedy_response(world):
+    """The baseline of ReMax."""
+    policy, prompt = world.policy, torch.tensor([[3, 4]])
+    _, greedy_response, _ = remax.rollout(policy, prompt, torch.ones_like(prompt), 3, EOS, PAD)
+    padded = torch.nn.functional.pad(greedy_response, (0, 3 - greedy_response.size(1)), value=PAD)
+    (index,) = (all_responses() == padded).all(1).nonzero()
+    return world.reward[index].item()
+
+
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("baseline", [0.0, 0.7, -5.0])
+@pytest.mark.parametrize("baseline", ["greedy", 0.0, 0.7, -5.0])
 def test_estimator_is_unbiased_whatever_the_baseline(enumeration, baseline, kl_coef):
+    if baseline == "greedy":
+        baseline = reward_of_the_greedy_response(enumeration)
     baselines = torch.full_like(enumeration.reward, baseline)
     found = expected_gradient(enumeration, baselines, kl_coef, enumeration.probability)
     assert error(found, exact_gradient(enumeration, kl_coef)) < 1e-4
@@ -2562,7 +2580,9 @@ def test_a_template_may_demand_a_system_message():
     demand = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = demand + TEMPLATE
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "The plot?"}]
-    assert len(remax.encode_chats(tokenizer, [[], chat])[1]) > 0
+    remax.check_template(tokenizer, [[], chat])
+    assert remax.encode_chat(tokenizer, []) == []
+    assert len(remax.encode_chat(tokenizer, chat)) > 0
 
 
 def test_a_reward_model_whose_template_refuses_a_chat_is_answered(monkeypatch):
@@ -3018,7 +3038,7 @@ def one_step(folder, rank, processes):
         torch.ones_like(prompt),
         settings,
     )
-    metrics = remax.step_metrics(result, EOS)
+    metrics = remax.step_metrics(result, settings)
     torch.save((policy.state_dict(), metrics), folder / f"{rank}-of-{processes}.pt")
 
 
@@ -3233,7 +3253,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "self.tokenizer, [row for row in rows for _ in range(2)], responses", "greedy_half_gets"),
     ("weights saved with use_cache off", "AutoConfig.from_pretrained(self.args.model)",
      "AutoConfig.from_pretrained(self.args.model, use_cache=False)", "saved_model_is"),
-    ("dropout saved as 0", "self.policy.config = self.config_with_noise()",
+    ("dropout saved as 0", "self.policy.config = self.config_as_loaded()",
      "pass", "saved_model"),
     ("finished rows go on", ".masked_fill(done, pad_id)", "", "half_of_the_rollout"),
     ("resume that forgets the RNG", "seed_of_step(self.args.seed, step)",
@@ -3273,7 +3293,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "                metrics = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
-     "        transformers.set_seed(step_seed)  # of random and numpy: a reward may use them\n"
+     "        transformers.set_seed(step_seed)  # a reward may use random or numpy\n"
      "        torch.manual_seed(step_seed + self.rank)",
      "        step > 1 or transformers.set_seed(self.args.seed)",
      "same_seed"),

@@ -18,7 +18,7 @@ import remax
 remax_step = remax.remax_step
 
 
-def step_with_batch_mean(policy, reference, optimizer, scaler, score, *inputs_and_settings):
+def step_with_batch_mean(score, **arguments):
     """remax_step, but the rewards of the greedy responses are replaced by the other baseline."""
 
     def score_with_batch_mean(responses):
@@ -26,9 +26,7 @@ def step_with_batch_mean(policy, reference, optimizer, scaler, score, *inputs_an
         others = (reward.sum() - reward) / (len(reward) - 1)  # (B,)
         return torch.cat([reward, others])  # (2B,)
 
-    return remax_step(
-        policy, reference, optimizer, scaler, score_with_batch_mean, *inputs_and_settings
-    )
+    return remax_step(score=score_with_batch_mean, **arguments)
 
 
 if __name__ == "__main__":

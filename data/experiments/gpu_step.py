@@ -251,10 +251,19 @@ def steps(policy, prompt, attention_mask, repeats):
             max_grad_norm=1.0,
             dtype=DTYPE,
         )
+        stopwatch = remax.Stopwatch()
+
+        def timed_score(responses):
+            stopwatch.lap("rollout_seconds")
+            rewards = score(responses)
+            stopwatch.lap("score_seconds")
+            return rewards
+
         result = remax.remax_step(
-            policy, reference, optimizer, scaler, score, prompt, attention_mask, settings
+            policy, reference, optimizer, scaler, timed_score, prompt, attention_mask, settings
         )
-        return remax.step_metrics(result, NO_EOS) | result.seconds
+        stopwatch.lap("update_seconds")
+        return remax.step_metrics(result, settings) | stopwatch.seconds
 
     names = "rollout_seconds", "score_seconds", "update_seconds"
     for size in MICRO_BATCH_SIZES:

@@ -242,10 +242,13 @@ def step_peaks(model, flags):
 
     @torch.no_grad()
     def score(responses):
+        stopwatch.lap("rollout_seconds")
         if PPO.get(flags):  # both gradients are alive at once
             critic.backward(B // micro_batch_size, micro_batch_size, P, T)
         with remax.on_device(classifier, DEVICE):
-            return classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
+            rewards = classifier(torch.full((len(responses), P + T), 5)).logits[:, -1].float()
+        stopwatch.lap("score_seconds")
+        return rewards
 
     with contextlib.ExitStack() as stack:
         for mode in modes(meter):
@@ -275,16 +278,18 @@ def step_peaks(model, flags):
                 max_grad_norm=1.0,
                 dtype=DTYPE,
             )
-            result = remax.remax_step(
+            stopwatch = remax.Stopwatch()
+            remax.remax_step(
                 policy, reference, optimizer, scaler, score, prompt, attention_mask, settings
             )
+            stopwatch.lap("update_seconds")
             if is_ppo:
                 if not PPO[flags]:
                     critic.backward(B // micro_batch_size, micro_batch_size, P, T)
                 critic.update()
             meter.phase("end")
     peaks_gb = {phase: round(peak / 1e9, 2) for phase, peak in meter.peaks.items()}
-    seconds = result.seconds if CUDA else {}  # on fake tensors they would mean nothing
+    seconds = stopwatch.seconds if CUDA else {}  # on fake tensors they would mean nothing
     return policy.num_parameters(), peaks_gb, seconds
 
 
