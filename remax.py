@@ -49,7 +49,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -251,6 +251,78 @@ def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     return -(logprobs * token_advantage * mask).sum(1).mean()
 
 
+class StepSettings(NamedTuple):
+    """What is the same in all steps of a run."""
+
+    eos_id: int
+    pad_id: int
+    max_new_tokens: int  # a response without EOS is cut here
+    kl_coef: float  # beta; 0 if there is no reference
+    greedy_baseline: bool  # False sets b = 0: REINFORCE, where the greedy reward is only logged
+    micro_batch_size: int  # rows in one backward pass
+    max_grad_norm: float  # longer gradients are scaled down to it; math.inf clips nothing
+    dtype: torch.dtype  # what to compute in: float32, bfloat16 or float16
+
+
+def accumulate_gradient(
+    policy,
+    scaler,
+    prompt,
+    attention_mask,
+    response,
+    mask,
+    ref_logprobs,
+    reward,
+    baseline,
+    settings,
+):
+    """Compute the gradient of the loss of B rows, a micro-batch at a time: logits need much memory.
+
+    prompt, attention_mask: (B,P); response, mask, ref_logprobs: (B,T); reward, baseline: (B,).
+    Returns the loss, a scalar, and the policy's log-probs (B,T), both without a gradient.
+    """
+    B = len(prompt)
+    policy.zero_grad()  # an earlier step may have failed half way
+    batch_loss = 0.0
+    logprobs = []
+    for part in micro_batches(B, settings.micro_batch_size):  # N rows
+        with computing_in(settings.dtype, prompt.device):
+            part_logprobs = token_logprobs(
+                policy, prompt[part], attention_mask[part], response[part], mask[part]
+            )  # (N,T)
+        loss = remax_loss(
+            part_logprobs,
+            ref_logprobs[part],
+            mask[part],
+            reward[part],
+            baseline[part],
+            settings.kl_coef,
+        )
+        # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
+        loss = loss * len(part_logprobs) / B
+        scaler.scale(loss).backward()
+        batch_loss += loss.detach()
+        logprobs.append(part_logprobs.detach())
+    return batch_loss, torch.cat(logprobs)
+
+
+def update(policy, optimizer, scaler, max_grad_norm):
+    """Clip the gradient and take one optimizer step. Returns the norm before clipping, a scalar.
+
+    The loss is a sum over tokens, so most gradients are long. Clipping keeps their direction and
+    gives up their length, and with it strict unbiasedness. A gradient that is not finite is left
+    out. (In float16 the scaler would leave it out too.)
+    """
+    average_gradients(policy)  # under torchrun: each process has had its share of the batch
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    if grad_norm.isfinite():
+        scaler.step(optimizer)
+    scaler.update()
+    policy.zero_grad()  # the next rollout needs their memory
+    return grad_norm
+
+
 class StepResult(NamedTuple):
     """What a step drew and computed: all that its metrics are made of."""
 
@@ -265,19 +337,6 @@ class StepResult(NamedTuple):
     sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
-
-
-class StepSettings(NamedTuple):
-    """What is the same in all steps of a run."""
-
-    eos_id: int
-    pad_id: int
-    max_new_tokens: int  # a response without EOS is cut here
-    kl_coef: float  # beta; 0 if there is no reference
-    greedy_baseline: bool  # False sets b = 0: REINFORCE, where the greedy reward is only logged
-    micro_batch_size: int  # rows in one backward pass
-    max_grad_norm: float  # longer gradients are scaled down to it; math.inf clips nothing
-    dtype: torch.dtype  # what to compute in: float32, bfloat16 or float16
 
 
 def remax_step(
@@ -300,14 +359,18 @@ def remax_step(
     if reference is None and settings.kl_coef != 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
-    device = prompt.device
-    eos_id, dtype = settings.eos_id, settings.dtype
+    dtype = settings.dtype
 
     # 1. Roll out. In train() mode gradient checkpointing would drop the cache, silently.
     policy.eval()
     with weights_as(policy, dtype):
         response, greedy_response, sampling_logprobs = rollout(
-            policy, prompt, attention_mask, settings.max_new_tokens, eos_id, settings.pad_id
+            policy,
+            prompt,
+            attention_mask,
+            settings.max_new_tokens,
+            settings.eos_id,
+            settings.pad_id,
         )  # (B,T) each
 
     # 2. Score. One call for both halves, so that nothing can score them differently.
@@ -315,20 +378,21 @@ def remax_step(
     rewards = score(responses)  # (2B,)
     if rewards.shape != (2 * B,):  # (2B,1) would be broadcast to a wrong loss
         raise ValueError(f"score must return {2 * B} rewards, not the shape {list(rewards.shape)}")
-    reward, greedy_reward = rewards.detach().float().chunk(2)  # (B,) each
+    rewards = rewards.detach().float()  # as they may come from a network, or be whole numbers
+    reward, greedy_reward = rewards.chunk(2)  # (B,) each
     if settings.greedy_baseline:
         baseline = greedy_reward  # (B,)
     else:
         baseline = torch.zeros_like(greedy_reward)  # (B,)
 
     # 3. Mask.
-    mask = response_mask(response, eos_id)  # (B,T)
+    mask = response_mask(response, settings.eos_id)  # (B,T)
 
-    # 4. Reference. With --offload it lives in CPU memory, and is on the GPU for this step alone.
+    # 4. Reference. It may rest in CPU memory, and is on the policy's device for this step alone.
     if reference is None:
         ref_logprobs = torch.zeros_like(sampling_logprobs)  # (B,T): they count for nothing
     else:
-        with on_device(reference, device), computing_in(dtype, device):
+        with on_device(reference, prompt.device), computing_in(dtype, prompt.device):
             ref_logprobs = logprobs_without_gradient(
                 reference, prompt, attention_mask, response, mask, settings.micro_batch_size
             )  # (B,T)
@@ -336,38 +400,21 @@ def remax_step(
     # 5. Gradient. The log-probs of the policy once more: those of the rollout carry no gradient.
     # Gradient checkpointing works in train() mode alone. (There is no dropout.)
     policy.train()
-    policy.zero_grad()  # an earlier step may have failed half way
-    batch_loss = 0.0
-    logprobs = []
-    for part in micro_batches(B, settings.micro_batch_size):  # N rows
-        with computing_in(dtype, device):
-            part_logprobs = token_logprobs(
-                policy, prompt[part], attention_mask[part], response[part], mask[part]
-            )  # (N,T)
-        loss = remax_loss(
-            part_logprobs,
-            ref_logprobs[part],
-            mask[part],
-            reward[part],
-            baseline[part],
-            settings.kl_coef,
-        )
-        # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
-        loss = loss * len(part_logprobs) / B
-        scaler.scale(loss).backward()
-        batch_loss += loss.detach()
-        logprobs.append(part_logprobs.detach())
+    loss, logprobs = accumulate_gradient(
+        policy,
+        scaler,
+        prompt,
+        attention_mask,
+        response,
+        mask,
+        ref_logprobs,
+        reward,
+        baseline,
+        settings,
+    )  # a scalar, (B,T)
 
-    # 6. Update. The loss is a sum over tokens, so most gradients are long. Clipping keeps their
-    # direction and gives up their length, and with it strict unbiasedness. A gradient that is not
-    # finite is left out, and counted. (In float16 the scaler would leave it out too.)
-    average_gradients(policy)  # under torchrun: each process has had its share of the batch
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
-    if grad_norm.isfinite():
-        scaler.step(optimizer)
-    scaler.update()
-    policy.zero_grad()  # the next rollout needs their memory
+    # 6. Update.
+    grad_norm = update(policy, optimizer, scaler, settings.max_grad_norm)
 
     return StepResult(
         response=response,
@@ -376,10 +423,10 @@ def remax_step(
         reward=reward,
         greedy_reward=greedy_reward,
         baseline=baseline,
-        logprobs=torch.cat(logprobs),
+        logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
-        loss=batch_loss,
+        loss=loss,
         grad_norm=grad_norm,
     )
 
@@ -393,18 +440,21 @@ def remax_step(
 def weights_as(model, dtype):
     """Inside the with block the model's weights are in dtype, afterwards they are as before.
 
+    Only the numbers behind each parameter are exchanged. The parameters themselves stay, because
+    the optimizer holds them.
+
     Decoding reads all weights for every token: in 16 bits it reads half as many bytes. (Autocast
     can keep 16-bit weights too. But with it many models keep a float32 cache, which is twice as
-    large.) The optimizer holds the parameters, and these stay the same objects.
+    large.)
     """
-    own_weights = [parameter.data for parameter in model.parameters()]
+    saved_weights = [parameter.data for parameter in model.parameters()]
     try:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         yield
     finally:
-        for parameter, own in zip(model.parameters(), own_weights, strict=True):
-            parameter.data = own
+        for parameter, saved in zip(model.parameters(), saved_weights, strict=True):
+            parameter.data = saved
 
 
 def computing_in(dtype, device):
@@ -549,18 +599,27 @@ def exit_with(reason, args, flags):
     sys.exit(f"remax.py: {reason}\nlook at {', '.join(typed)}")
 
 
+STANDARD_OUTPUT, STANDARD_ERROR = 1, 2  # their numbers for the operating system
+
+
+def send_to_devnull(output):
+    """Throw away what is printed from now on, by this process and by those that it starts.
+
+    output: STANDARD_OUTPUT or STANDARD_ERROR. Nobody reads it any more, and printing would fail.
+    """
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, output)
+
+
 def say(line):
-    """Print a line, in front of the bar if there is one."""
+    """Print a line, in front of the bar if there is one. Under torchrun the first process does."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     try:
         tqdm.write(line)
         sys.stdout.flush()
     except OSError:  # `| head` has ended, the terminal is closed, the disk of a log is full
-        print_nowhere()
-
-
-def print_nowhere():
-    """From now on all that is printed is thrown away."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the end
+        send_to_devnull(STANDARD_OUTPUT)
 
 
 def largest_length(config):
@@ -571,8 +630,7 @@ def largest_length(config):
 
 def is_made_for(config, task):
     """Whether a checkpoint is of a class such as GPT2ForSequenceClassification."""
-    class_names = config.architectures or []
-    return any(task in class_name for class_name in class_names)
+    return task in str(config.architectures)
 
 
 def load_tokenizer(name, **options):
@@ -1403,16 +1461,24 @@ def save_checkpoint(path, checkpoint):
         unfinished.unlink(missing_ok=True)
 
 
-# What asks a run to stop: Ctrl-C, `kill` or a scheduler, a closed terminal.
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # Windows has none
-    STOP_SIGNALS.append(signal.SIGHUP)
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
-def end_at_once():
-    for child in multiprocessing.active_children():  # of a reward: they ignore Ctrl-C
+def stop_signals():
+    """The signals that ask a run to stop: Ctrl-C, `kill` or a scheduler, a closed terminal."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # nohup ignores SIGHUP, and that stays so.
+    if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+        numbers.append(SIGHUP)
+    return numbers
+
+
+def end_at_once(number):
+    """End the run and the processes of its reward."""
+    for child in multiprocessing.active_children():
         child.terminate()
-    raise KeyboardInterrupt
+    # Not by an exception: a reward could catch it, and a pool may wait for ever when it is closed.
+    os._exit(128 + number)  # as shells report a signal
 
 
 class StopRequest:
@@ -1423,19 +1489,23 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: that stays so
-                signal.signal(number, self.on_signal)
+        outputs = (STANDARD_OUTPUT, STANDARD_ERROR)
+        self.terminals = [output for output in outputs if os.isatty(output)]
+        for number in stop_signals():
+            signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         was_asked_before = self.signal_number != 0
         if was_asked_before and number == signal.SIGINT:
-            end_at_once()
+            end_at_once(number)
         self.signal_number = number
+        if number == SIGHUP:
+            for terminal in self.terminals:  # they are closed
+                send_to_devnull(terminal)
         # Not print(): the signal may have come in the middle of one.
         message = b"\nstopping after this step; press again to stop now, unsaved\n"
-        with suppress(OSError):  # the terminal may be closed
-            os.write(sys.stderr.fileno(), message)
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(STANDARD_ERROR, message)
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
@@ -1445,35 +1515,45 @@ class StopRequest:
         return number.item()
 
 
-def hold_sigterm():
-    """Let SIGTERM wait: while a process forks, Python would lose it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+def hold_signals():
+    """Let signals wait: one that comes while a process forks would be lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
 
 
-def release_sigterm():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+def release_signals():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
-def set_signals_of_child():
-    """In a process that a reward has forked: SIGTERM ends it, and other signals leave it alone.
+def reset_signals():
+    """Let signals end this process: it is a child that a reward has forked.
 
-    Its terminate() sends SIGTERM. It would inherit StopRequest, which only remembers a signal. And
-    Ctrl-C reaches all processes of a terminal, but the run needs this one to finish the step.
+    It would inherit the handler of StopRequest, which only remembers a signal. Then the reward's
+    terminate() would not end it.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    release_sigterm()
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
+    release_signals()
+
+
+def leave_group(_):
+    """Leave the process group of the run.
+
+    A terminal, `timeout` and torchrun send their signals to a whole group. But the run needs the
+    processes of its reward to finish the step.
+    """
+    os.setpgrp()
 
 
 def prepare_forks():
-    """Rewards may fork processes, as pools do. See that they end when the reward ends them."""
-    if hasattr(os, "register_at_fork"):  # Windows has no fork
-        os.register_at_fork(
-            before=hold_sigterm,
-            after_in_parent=release_sigterm,
-            after_in_child=set_signals_of_child,
-        )
+    """Rewards may fork processes, as pools do. See that signals do to them what they should."""
+    if not hasattr(os, "register_at_fork"):  # Windows has no fork
+        return
+    os.register_at_fork(
+        before=hold_signals, after_in_parent=release_signals, after_in_child=reset_signals
+    )
+    # For multiprocessing alone: a child of subprocess may call setsid(), which the leader of a
+    # group must not. The first argument says how long to keep the second, and is passed to it.
+    multiprocessing.util.register_after_fork(leave_group, leave_group)
 
 
 def format_metrics(metrics, prefix=""):
@@ -1564,6 +1644,16 @@ def seed_of_step(seed, step):
     """A number of 32 bits, another one for every seed and step."""
     generator = random.Random(f"{seed}/{step}")  # a text may be a seed
     return generator.getrandbits(32)
+
+
+def make_generate_stop_at(eos_id, config, generation_config):
+    """Let generate() stop where training did, unless it does so already."""
+    stops = generation_config.eos_token_id
+    if not isinstance(stops, list):  # a number, or None
+        stops = [stops]
+    if eos_id not in stops:
+        config.eos_token_id = eos_id
+        generation_config.eos_token_id = eos_id
 
 
 # Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
@@ -1909,8 +1999,7 @@ class Run:
         """Save the policy and its tokenizer. generate() will stop where training did."""
         eos_id = self.tokenizer.eos_token_id
         self.policy.config = self.config_as_loaded()
-        self.policy.config.eos_token_id = eos_id
-        self.policy.generation_config.eos_token_id = eos_id
+        make_generate_stop_at(eos_id, self.policy.config, self.policy.generation_config)
         self.policy.save_pretrained(self.folder / "model")
 
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)  # without our padding token
@@ -1950,7 +2039,7 @@ class Run:
             initial=self.steps_before,
             total=self.args.steps,
             file=sys.stdout,
-            disable=not sys.stdout.isatty(),
+            disable=self.rank > 0 or not sys.stdout.isatty(),
         )
 
     def show(self, bar, step, metrics):
@@ -2190,8 +2279,6 @@ def join_torchrun():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # A reward may take its time: the other processes wait for it.
     dist.init_process_group(backend, timeout=timedelta(hours=6))
-    if dist.get_rank() > 0:  # the first process alone prints
-        print_nowhere()
 
 
 def prepare_process():
@@ -2222,7 +2309,7 @@ def main(argv=None):
         run_to_the_end(args)
     except BadInput as error:
         exit_with(error, args, error.flags)
-    except KeyboardInterrupt:  # Ctrl-C while loading, or a second one
+    except KeyboardInterrupt:  # Ctrl-C while loading
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
         flags = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")

@@ -1617,15 +1617,15 @@ def test_an_ordinary_token_as_eos_stays_ordinary_in_the_saved_tokenizer(small, t
     assert policy.generation_config.eos_token_id == 14
 
 
-def test_the_saved_model_stops_where_training_did(small, tmp_path):
-    """Also if the checkpoint names several EOS, as Llama 3's does."""
+def test_several_eos_of_a_checkpoint_stay(small, tmp_path):
+    """Such as Llama 3's, if the one that training stops at is among them."""
     shutil.copytree(TINY / "policy", tmp_path / "policy")
     path = tmp_path / "policy/generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [14, 0]}))
     flags = [*small, "--model", tmp_path / "policy", "--reward", TINY / "reward", "--steps", 1]
     go(flags, tmp_path / "run")
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
-    assert policy.generation_config.eos_token_id == 0
+    assert policy.generation_config.eos_token_id == [14, 0]
 
 
 def test_of_a_model_that_sees_images_the_language_model_is_trained_and_saved(tmp_path, capsys):
@@ -2755,6 +2755,7 @@ def test_a_child_of_a_reward_does_not_hold_the_lock_of_a_killed_run(small, tmp_p
 FORKING = """
 import multiprocessing
 import os
+import signal
 import subprocess
 import time
 
@@ -2769,7 +2770,9 @@ def f(completions, **kwargs):
     process.terminate()
     process.join()
     # In a session of its own, so that it could be killed with all that it starts.
-    subprocess.run(["echo"], stdout=subprocess.PIPE, preexec_fn=os.setsid, check=True)
+    program = subprocess.Popen(["sleep", "600"], preexec_fn=os.setsid)
+    program.send_signal(signal.SIGINT)
+    program.wait()
     with fork.Pool(2) as pool:
         return pool.map(length, completions)
 """
@@ -2826,11 +2829,11 @@ MADE_WITH_THE_FILE = WORKING.replace(MADE_BY_EACH_CALL, "    if True:").replace(
 
 
 @pytest.mark.parametrize("source", [WORKING, MADE_WITH_THE_FILE], ids=["each call", "the file"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
     number, source, small, tmp_path
 ):
-    """As Ctrl-C in a terminal, and a terminal that is closed."""
+    """As Ctrl-C in a terminal, `timeout` and torchrun, and a terminal that is closed."""
     (tmp_path / "working.py").write_text(source.replace("NUMBER", str(int(number))))
     flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
     done = Child(*flags, "--output-dir", tmp_path / "run").wait()
@@ -2886,6 +2889,50 @@ def test_a_run_goes_on_when_its_terminal_has_gone():
     run_in_a_child(print_to_a_closed_terminal)
 
 
+PRINTING = """
+import os
+import signal
+
+def f(completions, **kwargs):
+    if "MASTER" in os.environ:
+        os.close(int(os.environ.pop("MASTER")))
+        os.kill(os.getpid(), signal.SIGHUP)
+    print("scored", flush=True)
+    return [len(text) for text in completions]
+"""
+
+
+def run_in_a_terminal(flags):
+    """The reward closes it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    master, terminal = os.openpty()
+    os.environ["MASTER"] = str(master)
+    for output in 1, 2:
+        os.dup2(terminal, output)
+    os.close(terminal)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    remax.main(flags)
+
+
+def test_a_closed_terminal_saves_even_if_the_reward_prints(small, tmp_path):
+    (tmp_path / "printing.py").write_text(PRINTING)
+    flags = [*small, "--reward", f"{tmp_path}/printing.py:f", "--output-dir", tmp_path / "run"]
+    process = FORKSERVER.Process(target=run_in_a_terminal, args=([*map(str, flags)],))
+    process.start()
+    join(process)
+    assert process.exitcode == 128 + signal.SIGHUP
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+ECHOING = """
+import subprocess
+
+def f(completions, **kwargs):
+    subprocess.run(["echo", "scored"], check=True)
+    return [len(text) for text in completions]
+"""
+
+
 def run_without_a_reader(flags):
     reader, writer = os.pipe()
     os.close(reader)
@@ -2897,8 +2944,10 @@ def run_without_a_reader(flags):
 
 def test_a_run_whose_reader_has_gone_goes_on(small, tmp_path):
     """As `python remax.py | head -3`, or `| tee log` after Ctrl-C."""
-    flags = [*map(str, small), "--steps", "2", "--output-dir", str(tmp_path / "run")]
-    run_in_a_child(run_without_a_reader, flags)
+    (tmp_path / "echoing.py").write_text(ECHOING)
+    flags = [*small, "--reward", f"{tmp_path}/echoing.py:f", "--steps", 2]
+    flags += ["--output-dir", tmp_path / "run"]
+    run_in_a_child(run_without_a_reader, [*map(str, flags)])
     assert (tmp_path / "run/model/model.safetensors").exists()
 
 
@@ -2926,6 +2975,32 @@ def test_a_run_that_is_ended_at_once_takes_its_children_along(small, tmp_path):
     while Path(f"/proc/{worker}").exists() and time.time() < deadline:
         time.sleep(0.05)
     assert time.time() < deadline, "the worker lives on"
+
+
+CATCHING = """
+import multiprocessing
+import os
+import signal
+import time
+
+pool = multiprocessing.get_context("fork").Pool(2)
+
+def f(completions, **kwargs):
+    try:
+        job = pool.map_async(time.sleep, [600] * 4)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        job.wait()
+    except BaseException:
+        pass
+    return [0.0] * len(completions)
+"""
+
+
+def test_a_run_is_ended_at_once_whatever_its_reward_catches_or_waits_for(small, tmp_path):
+    (tmp_path / "catching.py").write_text(CATCHING)
+    flags = [*small, "--reward", f"{tmp_path}/catching.py:f", "--output-dir", tmp_path / "run"]
+    assert Child(*flags).wait().returncode == 130
 
 
 def test_a_reward_may_change_the_working_directory(small, tmp_path):
@@ -3274,11 +3349,11 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
-    ("child that survives SIGTERM", "signal.signal(signal.SIGTERM, signal.SIG_DFL)", "pass",
+    ("child that survives SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
      "reward_that_forks"),
-    ("child that is born deaf to SIGTERM", "before=hold_sigterm", "before=release_sigterm",
+    ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
      "from_its_birth"),
-    ("child that Ctrl-C reaches", "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n", "",
+    ("child that the run's signals reach", "    os.setpgrp()\n", "    pass\n",
      "forked_children"),
     ("second SIGTERM that ends the run", " and number == signal.SIGINT", "",
      "second_signal_that_nobody"),
@@ -3311,7 +3386,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "changed_file"),
     ("tokens averaged over the wrong axis", 'mean_over_processes(result.mask.sum(1))',
      'mean_over_processes(result.mask.sum(0))', "figures_are"),
-    ("logged loss scaled wrongly", 'loss=batch_loss,', 'loss=batch_loss / B,', "figures_are"),
+    ("logged loss scaled wrongly", 'return batch_loss, ', 'return batch_loss / B, ', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
     ("reference in another dtype",
