@@ -3822,6 +3822,23 @@ def test_variances_of_gradients_are_measured(tmp_path, monkeypatch, capsys):
         assert row["ratio_greedy"] == pytest.approx(ratio)
 
 
+def count_memory():
+    sys.path.insert(0, str(DATA / "experiments"))
+    import memory
+
+    no_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, **no_dropout)
+    memory.MODELS["tiny"] = (config, 8, 5, 3)
+    parameters, peaks, _ = memory.step_peaks("tiny", memory.DEFAULT)
+    assert parameters > 1e6
+    assert peaks["rollout"] > 0
+    assert peaks["update"] > peaks["score"]
+
+
+def test_memory_is_counted_without_a_gpu():
+    run_in_a_child(count_memory)
+
+
 def test_the_mean_of_the_other_prompts_is_a_baseline_that_leaves_no_mean_advantage(monkeypatch):
     monkeypatch.syspath_prepend(DATA / "experiments")
     import batch_mean

@@ -130,7 +130,10 @@ class Meter(TorchDispatchMode):
             func = torch.ops.aten.add_.Tensor
         out = func(*args, **kwargs or {})
         if func.overloadpacket.__name__ == "all":
-            out.answer = 0  # not all responses have ended, not all of the attention mask is 1
+            # Not all responses have ended, and not all of the attention mask is 1. But all of its
+            # last column is, which rollout() asks for.
+            is_one_column = args[0].ndim == 1
+            out.answer = int(is_one_column)
         for storage in [
             t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
         ]:
