@@ -194,7 +194,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     return logprobs.masked_fill(mask == 0, 0.0)
 
 
-# Where this loss comes from. We maximise E[r] - beta * KL(pi || pi_ref), with y ~ pi(.|x).
+# Where this loss comes from. For a prompt x we maximise E[r] - beta * KL(pi || pi_ref), where E is
+# over y ~ pi(.|x). A batch averages over its prompts.
 #
 #   (a) grad E[r] = sum_y r * grad pi(y|x) = E[r * grad log pi(y|x)]   as grad pi = pi * grad log pi
 #   (b) log pi(y|x) = sum_t log pi(y_t|x,y_<t)                         so the loss sums over tokens
@@ -213,7 +214,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a critic to
 # predict. The greedy reward is a guess at V(x) that needs no training. It is often too high: then
 # most r - b are negative, and the bad responses are pushed down most. The mean stays right, by
-# line (d), but there is more noise.
+# line (d), but there is more noise. (By line (d) the KL of the greedy response could be a part of b
+# too. Algorithm 1 leaves it out.)
 #
 # Line (e) is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
 # of line (a), with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
@@ -223,7 +225,8 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # the log-ratios of all tokens s. Those of s < t are fixed before y_t is drawn. Now (c) and (d) hold
 # for the single token y_t too, given those before it:
 #   E[c * grad log pi(y_t|x,y_<t)] = 0   for every number c that is fixed before y_t is drawn.
-# So the log-ratios of s < t add nothing to the mean, and are left out.
+# So the log-ratios of s < t add nothing to the mean, and are left out. r depends on all tokens, and
+# stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is minus the ReMax estimator (Algorithm 1).
 
@@ -264,46 +267,46 @@ class StepSettings(NamedTuple):
     dtype: torch.dtype  # what to compute in: float32, bfloat16 or float16
 
 
-def accumulate_gradient(
-    policy,
-    scaler,
-    prompt,
-    attention_mask,
-    response,
-    mask,
-    ref_logprobs,
-    reward,
-    baseline,
-    settings,
-):
-    """Compute the gradient of the loss of B rows, a micro-batch at a time: logits need much memory.
+class Batch(NamedTuple):
+    """B prompts, their sampled responses, and all that the loss needs beside the policy."""
 
-    prompt, attention_mask: (B,P); response, mask, ref_logprobs: (B,T); reward, baseline: (B,).
+    prompt: torch.Tensor  # (B,P), padded on the left
+    attention_mask: torch.Tensor  # (B,P)
+    response: torch.Tensor  # (B,T), padded on the right
+    mask: torch.Tensor  # (B,T), of the response
+    ref_logprobs: torch.Tensor  # (B,T), 0 where masked, and 0 without a reference
+    reward: torch.Tensor  # (B,)
+    baseline: torch.Tensor  # (B,): the greedy reward, or 0
+
+    def rows(self, part):
+        """The Batch of some of the rows. part: a slice."""
+        return Batch(*[tensor[part] for tensor in self])
+
+
+def accumulate_gradient(policy, scaler, batch, settings):
+    """Compute the gradient of the loss of a Batch, a micro-batch at a time to save memory.
+
     Returns the loss, a scalar, and the policy's log-probs (B,T), both without a gradient.
     """
-    B = len(prompt)
+    B = len(batch.prompt)
     policy.zero_grad()  # an earlier step may have failed half way
-    batch_loss = 0.0
-    logprobs = []
-    for part in micro_batches(B, settings.micro_batch_size):  # N rows
-        with computing_in(settings.dtype, prompt.device):
-            part_logprobs = token_logprobs(
-                policy, prompt[part], attention_mask[part], response[part], mask[part]
+    batch_loss = torch.zeros((), device=batch.prompt.device)
+    all_logprobs = []
+    for part in micro_batches(B, settings.micro_batch_size):
+        rows = batch.rows(part)  # N of the B rows
+        with computing_in(settings.dtype, rows.prompt.device):
+            logprobs = token_logprobs(
+                policy, rows.prompt, rows.attention_mask, rows.response, rows.mask
             )  # (N,T)
         loss = remax_loss(
-            part_logprobs,
-            ref_logprobs[part],
-            mask[part],
-            reward[part],
-            baseline[part],
-            settings.kl_coef,
+            logprobs, rows.ref_logprobs, rows.mask, rows.reward, rows.baseline, settings.kl_coef
         )
         # A mean over the batch: each micro-batch counts by its rows, as the last may have fewer.
-        loss = loss * len(part_logprobs) / B
-        scaler.scale(loss).backward()
-        batch_loss += loss.detach()
-        logprobs.append(part_logprobs.detach())
-    return batch_loss, torch.cat(logprobs)
+        share_of_loss = loss * len(logprobs) / B
+        scaler.scale(share_of_loss).backward()
+        batch_loss += share_of_loss.detach()
+        all_logprobs.append(logprobs.detach())
+    return batch_loss, torch.cat(all_logprobs)
 
 
 def update(policy, optimizer, scaler, max_grad_norm):
@@ -326,14 +329,10 @@ def update(policy, optimizer, scaler, max_grad_norm):
 class StepResult(NamedTuple):
     """What a step drew and computed: all that its metrics are made of."""
 
-    response: torch.Tensor  # (B,T)
+    batch: Batch
     greedy_response: torch.Tensor  # (B,T)
-    mask: torch.Tensor  # (B,T), of the response
-    reward: torch.Tensor  # (B,)
     greedy_reward: torch.Tensor  # (B,)
-    baseline: torch.Tensor  # (B,): the greedy reward, or 0
     logprobs: torch.Tensor  # (B,T), before the update; 0 where masked
-    ref_logprobs: torch.Tensor  # (B,T), 0 where masked, and 0 without a reference
     sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
@@ -352,6 +351,8 @@ def remax_step(
     score: a function, responses (2B,T) -> rewards (2B,). It gets the B sampled responses and then
     the B greedy ones, each in the order of the prompts. It knows the prompts itself.
     prompt, attention_mask: (B,P), padded on the left.
+    With a 16-bit dtype the rollout reads 16-bit copies of the weights, the gradient is computed by
+    autocast from the float32 weights, and log-probs and loss are in float32.
     Returns a StepResult. The policy is left in train() mode.
     Raises ValueError for kl_coef without a reference, and for rewards of another shape.
     Under torchrun each process brings B prompts of its own, and all make the same update.
@@ -399,32 +400,26 @@ def remax_step(
 
     # 5. Gradient. The log-probs of the policy once more: those of the rollout carry no gradient.
     # Gradient checkpointing works in train() mode alone. (There is no dropout.)
+    batch = Batch(
+        prompt=prompt,
+        attention_mask=attention_mask,
+        response=response,
+        mask=mask,
+        ref_logprobs=ref_logprobs,
+        reward=reward,
+        baseline=baseline,
+    )
     policy.train()
-    loss, logprobs = accumulate_gradient(
-        policy,
-        scaler,
-        prompt,
-        attention_mask,
-        response,
-        mask,
-        ref_logprobs,
-        reward,
-        baseline,
-        settings,
-    )  # a scalar, (B,T)
+    loss, logprobs = accumulate_gradient(policy, scaler, batch, settings)  # a scalar, (B,T)
 
     # 6. Update.
     grad_norm = update(policy, optimizer, scaler, settings.max_grad_norm)
 
     return StepResult(
-        response=response,
+        batch=batch,
         greedy_response=greedy_response,
-        mask=mask,
-        reward=reward,
         greedy_reward=greedy_reward,
-        baseline=baseline,
         logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
         loss=loss,
         grad_norm=grad_norm,
@@ -630,7 +625,8 @@ def largest_length(config):
 
 def is_made_for(config, task):
     """Whether a checkpoint is of a class such as GPT2ForSequenceClassification."""
-    return task in str(config.architectures)
+    class_names = config.architectures or []
+    return any(task in class_name for class_name in class_names)
 
 
 def load_tokenizer(name, **options):
@@ -690,22 +686,20 @@ def read_json(text):
 def read_table(file, delimiter):
     """The rows below the first line of a table, which names the columns."""
     # strict: a quotation mark that is never closed is an error, and swallows no rows.
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     rows = []
     try:
-        columns = next(reader)
-        for values in reader:
-            if not values:  # an empty line
-                continue
-            if len(values) != len(columns):
-                raise ValueError(
-                    f"row {len(rows) + 1} does not fit the columns: {shortened(values)}"
-                )
-            rows.append(dict(zip(columns, values, strict=True)))
+        columns = reader.fieldnames or []
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have the same name")
+        for row in reader:
+            has_too_many_values = None in row
+            has_too_few_values = None in row.values()
+            if has_too_many_values or has_too_few_values:
+                raise ValueError(f"row {len(rows) + 1} does not fit the columns: {shortened(row)}")
+            rows.append(row)
     except csv.Error as error:
         raise ValueError(f"row {len(rows) + 1} is wrong: {error}") from error
-    if len(set(columns)) < len(columns):
-        raise ValueError("two columns have the same name")
     return rows
 
 
@@ -799,7 +793,7 @@ def check_end_of_turn(tokenizer, chat):
     # Render an answer that we know, and look at what the template writes after it.
     answer = "the content of a turn"
     text = render(tokenizer, [*chat, {"role": "assistant", "content": answer}])
-    after_answer = text.split(answer)[-1]
+    _, _, after_answer = text.rpartition(answer)
     if not after_answer.strip().startswith(tokenizer.eos_token):
         reason = (
             f"the template ends a turn with {after_answer!r}, and not with EOS "
@@ -1007,7 +1001,7 @@ def import_file(path):
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    # Process pools look for its functions there. A library of the same name stays.
+    # Process pools look for its functions there. setdefault: a library of the same name stays.
     sys.modules.setdefault(name, module)
     spec.loader.exec_module(module)
     return module
@@ -1482,30 +1476,36 @@ def end_at_once(number):
 
 
 class StopRequest:
-    """Remembers a signal until the step is done. Ctrl-C after another signal ends the run at once.
+    """Remembers a signal until the step is done. Ctrl-C after an earlier signal ends it at once.
 
-    The other signals may come twice for one request: torchrun passes them on to all processes.
+    Other signals may come twice for one request: torchrun passes them on to all processes.
     """
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
         outputs = (STANDARD_OUTPUT, STANDARD_ERROR)
         self.terminals = [output for output in outputs if os.isatty(output)]
-        for number in stop_signals():
-            signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_ctrl_c)
+        signal.signal(signal.SIGTERM, self.on_stop)
+        if SIGHUP in stop_signals():
+            signal.signal(SIGHUP, self.on_hangup)
 
-    def on_signal(self, number, frame):
-        was_asked_before = self.signal_number != 0
-        if was_asked_before and number == signal.SIGINT:
-            end_at_once(number)
+    def on_stop(self, number, frame):
         self.signal_number = number
-        if number == SIGHUP:
-            for terminal in self.terminals:  # they are closed
-                send_to_devnull(terminal)
         # Not print(): the signal may have come in the middle of one.
         message = b"\nstopping after this step; press again to stop now, unsaved\n"
         with suppress(OSError):  # nobody may be there to read it
             os.write(STANDARD_ERROR, message)
+
+    def on_ctrl_c(self, number, frame):
+        if self.signal_number != 0:  # the run has been asked to stop already
+            end_at_once(number)
+        self.on_stop(number, frame)
+
+    def on_hangup(self, number, frame):
+        for terminal in self.terminals:  # they are closed
+            send_to_devnull(terminal)
+        self.on_stop(number, frame)
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
@@ -1536,7 +1536,7 @@ def reset_signals():
 
 
 def leave_group(_):
-    """Leave the process group of the run.
+    """Leave the process group of the run. (The argument is what register_after_fork() passes.)
 
     A terminal, `timeout` and torchrun send their signals to a whole group. But the run needs the
     processes of its reward to finish the step.
@@ -1552,8 +1552,8 @@ def prepare_forks():
         before=hold_signals, after_in_parent=release_signals, after_in_child=reset_signals
     )
     # For multiprocessing alone: a child of subprocess may call setsid(), which the leader of a
-    # group must not. The first argument says how long to keep the second, and is passed to it.
-    multiprocessing.util.register_after_fork(leave_group, leave_group)
+    # group must not. It calls leave_group(os) in each process that it forks.
+    multiprocessing.util.register_after_fork(os, leave_group)
 
 
 def format_metrics(metrics, prefix=""):
@@ -1612,23 +1612,24 @@ class Stopwatch:
 
 def step_metrics(result, settings):
     """The metrics of a StepResult as numbers: means over the batch of all processes."""
+    batch = result.batch
     kl = None  # there is no reference
     if settings.kl_coef > 0:
-        log_ratio = result.logprobs - result.ref_logprobs  # (B,T), 0 where masked
+        log_ratio = result.logprobs - batch.ref_logprobs  # (B,T), 0 where masked
         kl = mean_over_processes(log_ratio.sum(1))  # in nats per response
-    has_eos = (result.response == settings.eos_id).any(1)  # (B,)
-    tokens = mean_over_processes(result.mask.sum(1))
+    has_eos = (batch.response == settings.eos_id).any(1)  # (B,)
+    tokens = mean_over_processes(batch.mask.sum(1))
     # The next two are in nats per token: the mean sum over a response, divided by its mean length.
     entropy = mean_over_processes(-result.logprobs.sum(1)) / tokens
-    difference = (result.logprobs - result.sampling_logprobs).abs() * result.mask  # (B,T)
+    difference = (result.logprobs - result.sampling_logprobs).abs() * batch.mask  # (B,T)
     sampling_logp_difference = mean_over_processes(difference.sum(1)) / tokens
     grad_norm = mean_over_processes(result.grad_norm)
     skipped = 0.0 if math.isfinite(grad_norm) else 1.0
     return {
-        "reward": mean_over_processes(result.reward),
+        "reward": mean_over_processes(batch.reward),
         "greedy_reward": mean_over_processes(result.greedy_reward),
-        "advantage": mean_over_processes(result.reward - result.baseline),
-        "zero_advantage": mean_over_processes(result.reward == result.baseline),
+        "advantage": mean_over_processes(batch.reward - batch.baseline),
+        "zero_advantage": mean_over_processes(batch.reward == batch.baseline),
         "kl": kl,
         "entropy": entropy,
         "tokens": tokens,
@@ -1646,14 +1647,13 @@ def seed_of_step(seed, step):
     return generator.getrandbits(32)
 
 
-def make_generate_stop_at(eos_id, config, generation_config):
-    """Let generate() stop where training did, unless it does so already."""
-    stops = generation_config.eos_token_id
-    if not isinstance(stops, list):  # a number, or None
-        stops = [stops]
-    if eos_id not in stops:
-        config.eos_token_id = eos_id
-        generation_config.eos_token_id = eos_id
+def set_eos(model, eos_id):
+    """Let the model's generate() stop at this token. Others that it stops at stay if it is one."""
+    stops = model.generation_config.eos_token_id  # a number, a list, or None
+    stops_there = eos_id in stops if isinstance(stops, list) else eos_id == stops
+    if not stops_there:
+        model.config.eos_token_id = eos_id
+        model.generation_config.eos_token_id = eos_id
 
 
 # Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
@@ -1684,7 +1684,9 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
         # What needs no model: files, flags, tokenizer and output folder.
-        self.args_as_texts = args_as_texts(args, self.dtype)  # now: files may change during the run
+        self.args_to_compare = args_as_texts(
+            args, self.dtype
+        )  # now: files may change during the run
         check_policy(args)
         self.tokenizer = load_policy_tokenizer(args)
         self.settings = self.step_settings()
@@ -1694,7 +1696,7 @@ class Run:
             self.metrics_file = open_metrics(args, self.folder)
         checkpoint = None
         if args.resume:
-            checkpoint = read_checkpoint(args, self.args_as_texts, self.folder)
+            checkpoint = read_checkpoint(args, self.args_to_compare, self.folder)
 
         # What takes time: prompts, reward and models.
         self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
@@ -1773,6 +1775,7 @@ class Run:
         logprobs = self.logprobs_without_padding(rows, response, mask)  # (B,T)
         difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
         mean_difference = difference.sum() / mask.sum()
+        # float32: these are the policy's own weights, whatever --precision says.
         self.check_sampler(mean_difference.item(), torch.float32)
 
     def check_sampler(self, difference, dtype):
@@ -1979,7 +1982,7 @@ class Run:
         checkpoint = {
             "step": step,
             "metrics_bytes": os.fstat(self.metrics_file.fileno()).st_size,
-            "args": self.args_as_texts,
+            "args": self.args_to_compare,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -1999,7 +2002,7 @@ class Run:
         """Save the policy and its tokenizer. generate() will stop where training did."""
         eos_id = self.tokenizer.eos_token_id
         self.policy.config = self.config_as_loaded()
-        make_generate_stop_at(eos_id, self.policy.config, self.policy.generation_config)
+        set_eos(self.policy, eos_id)
         self.policy.save_pretrained(self.folder / "model")
 
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)  # without our padding token
@@ -2029,8 +2032,11 @@ class Run:
 
     def end_if_stuck(self):
         if self.is_stuck():
-            reason = f"no finite gradient in {self.skipped_steps} steps; a checkpoint is saved"
-            raise BadInput(reason, "lr", "precision", "kl_coef")
+            reason = (
+                f"no finite gradient in {self.skipped_steps} steps: start again with other flags "
+                "and another --output-dir"
+            )
+            raise BadInput(reason, "lr", "precision", "kl_coef", "output_dir")
 
     def make_bar(self, first_step):
         """A progress bar over the steps that are left. In a log it does not show."""
@@ -2050,7 +2056,10 @@ class Run:
             say(f"step {step}: {format_metrics(metrics)}")
 
     def train(self, stop):
-        """Take the steps that are left, with the evaluations and checkpoints that are due."""
+        """Take the steps that are left, with the evaluations and checkpoints that are due.
+
+        Returns the number of the signal that stopped the run, 0 if it came to its end.
+        """
         args = self.args
         if self.steps_before == 0:
             self.evaluate_and_log(0)
@@ -2078,7 +2087,8 @@ class Run:
             self.end_if_stuck()
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
-                sys.exit(128 + signal_number)  # as shells report a signal
+                return signal_number
+        return 0
 
 
 def peak_memory_gb(device):
@@ -2294,7 +2304,9 @@ def run_to_the_end(args):
     """Load, train, and save the trained model."""
     run = Run(args)
     stop = StopRequest()  # from now on Ctrl-C ends the run after the step, and no longer at once
-    run.train(stop)
+    signal_number = run.train(stop)
+    if signal_number != 0:
+        sys.exit(128 + signal_number)  # as shells report a signal
     if run.rank == 0:
         run.save_model()
         print_summary(run.folder / "metrics.jsonl")

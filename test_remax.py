@@ -3127,8 +3127,9 @@ import remax
 
 class Run(remax.Run):
     def train(self, stop):
-        super().train(stop)
+        signal_number = super().train(stop)
         torch.save(self.policy.state_dict(), f"{folder}/weights-{self.rank}.pt")
+        return signal_number
 
 remax.Run = Run
 remax.main(sys.argv[3:])
@@ -3291,8 +3292,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "(logprobs - ref_logprobs)", "no_gradient"),
     ("token mean", "(logprobs * token_advantage * mask).sum(1).mean()",
      "(logprobs * token_advantage * mask).sum() / mask.sum()", "reinforce"),
-    ("per-micro-batch mean", "loss = loss * len(part_logprobs) / B",
-     "loss = loss * settings.micro_batch_size / B", "micro_batch_size"),
+    ("per-micro-batch mean", "share_of_loss = loss * len(logprobs) / B",
+     "share_of_loss = loss * settings.micro_batch_size / B", "micro_batch_size"),
     ("top_k left at its default", "all_logprobs = sampled_logits.log_softmax(-1)",
      "all_logprobs = sampled_logits.masked_fill("
      "sampled_logits < sampled_logits.topk(50).values[:, -1:], -99).log_softmax(-1)",
@@ -3355,7 +3356,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "from_its_birth"),
     ("child that the run's signals reach", "    os.setpgrp()\n", "    pass\n",
      "forked_children"),
-    ("second SIGTERM that ends the run", " and number == signal.SIGINT", "",
+    ("second SIGTERM that ends the run", "signal.signal(signal.SIGTERM, self.on_stop)",
+     "signal.signal(signal.SIGTERM, self.on_ctrl_c)",
      "second_signal_that_nobody"),
     ("printing to nobody", "    except OSError:  # `| head`", "    except ZeroDivisionError:  #",
      "reader_has_gone"),
@@ -3384,8 +3386,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "living_run"),
     ("changed prompts file", "content.update(block)", "pass",
      "changed_file"),
-    ("tokens averaged over the wrong axis", 'mean_over_processes(result.mask.sum(1))',
-     'mean_over_processes(result.mask.sum(0))', "figures_are"),
+    ("tokens averaged over the wrong axis", 'mean_over_processes(batch.mask.sum(1))',
+     'mean_over_processes(batch.mask.sum(0))', "figures_are"),
     ("logged loss scaled wrongly", 'return batch_loss, ', 'return batch_loss / B, ', "figures_are"),
     ("autocast off in bf16", "enabled=is_16_bit", "enabled=False", "in_bf16"),
     ("policy.train() left out", "    policy.train()\n", "", "recomputes"),
