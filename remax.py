@@ -1551,8 +1551,8 @@ def prepare_forks():
     os.register_at_fork(
         before=hold_signals, after_in_parent=release_signals, after_in_child=reset_signals
     )
-    # For multiprocessing alone: a child of subprocess may call setsid(), which the leader of a
-    # group must not. It calls leave_group(os) in each process that it forks.
+    # Only where multiprocessing forks: a child of subprocess may call setsid(), which the leader
+    # of a group must not. multiprocessing will call leave_group(os) in each of its processes.
     multiprocessing.util.register_after_fork(os, leave_group)
 
 
@@ -1648,7 +1648,7 @@ def seed_of_step(seed, step):
 
 
 def set_eos(model, eos_id):
-    """Let the model's generate() stop at this token. Others that it stops at stay if it is one."""
+    """Let the model's generate() stop at this token, unless it does so already."""
     stops = model.generation_config.eos_token_id  # a number, a list, or None
     stops_there = eos_id in stops if isinstance(stops, list) else eos_id == stops
     if not stops_there:
