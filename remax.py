@@ -175,6 +175,12 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 
     prompt, attention_mask: (B,P), padded on the left; response, mask: (B,T), padded on the right.
     Returns (B,T): column t belongs to response token t.
+
+    A row with P = T = 3, whose prompt has two tokens and whose response is y_1 and EOS:
+      ids         pad  x_1  x_2  y_1  EOS  pad
+      full_mask   0    1    1    1    1    0
+      positions   0    0    1    2    3    3
+      its logits            y_1  EOS  pad         the token that they predict, where we keep them
     """
     T = response.size(1)
     ids = torch.cat([prompt, response], 1)  # (B,P+T)
@@ -202,10 +208,11 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 #   (c) E[grad log pi(y|x)] = sum_y grad pi(y|x) = grad 1 = 0          as sum_y pi(y|x) = 1
 #   (d) E[b * grad log pi(y|x)] = b * 0 = 0                            so b(x) may be subtracted
 #   (e) grad KL = E[log(pi / pi_ref) * grad log pi] + E[grad log pi]   the second term is 0, by (c)
-#   (f) grad (E[r] - beta * KL) = E[sum_t A_t * grad log pi(y_t|x,y_<t)], by (a), (b), (d), (e)
-#       with A_t = r - b - beta * sum_{s>=t} log(pi(y_s) / pi_ref(y_s)) and b = r(x, ybar)
+#   (f) grad (E[r] - beta * KL) = E[sum_t A_t * grad log pi(y_t|x,y_<t)], by (a) to (e), with
+#       A_t = r - b - beta * sum_{s>=t} log(pi(y_s|x,y_<s) / pi_ref(y_s|x,y_<s)) and b = r(x, ybar)
 #
-# Line (a) is REINFORCE: one drawn y gives an unbiased estimate of the gradient.
+# Line (a) is REINFORCE: one drawn y gives an unbiased estimate of the gradient. In line (c) a
+# response that is cut for its length counts as a response.
 #
 # Line (d) allows any b that does not depend on y. The greedy response depends on the prompt and the
 # weights alone. b is there to lower the variance. Suppose that all responses to a prompt have
@@ -222,11 +229,11 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
 # Line (f) is what remax_loss computes. By (b) and (e), the gradient of token t would be weighted by
-# the log-ratios of all tokens s. Those of s < t are fixed before y_t is drawn. Now (c) and (d) hold
-# for the single token y_t too, given those before it:
-#   E[c * grad log pi(y_t|x,y_<t)] = 0   for every number c that is fixed before y_t is drawn.
-# So the log-ratios of s < t add nothing to the mean, and are left out. r depends on all tokens, and
-# stays.
+# the log-ratios of all tokens s. But (c) and (d) hold for the single token y_t too, given those
+# before it:
+#   E[k * grad log pi(y_t|x,y_<t)] = 0   for every number k that is fixed before y_t is drawn.
+# The log-ratios of s < t are such numbers. They add nothing to the mean, and are left out. But r
+# depends on all tokens, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is minus the ReMax estimator (Algorithm 1).
 
@@ -280,7 +287,15 @@ class Batch(NamedTuple):
 
     def rows(self, part):
         """The Batch of some of the rows. part: a slice."""
-        return Batch(*[tensor[part] for tensor in self])
+        return Batch(
+            prompt=self.prompt[part],
+            attention_mask=self.attention_mask[part],
+            response=self.response[part],
+            mask=self.mask[part],
+            ref_logprobs=self.ref_logprobs[part],
+            reward=self.reward[part],
+            baseline=self.baseline[part],
+        )
 
 
 def accumulate_gradient(policy, scaler, batch, settings):
@@ -822,10 +837,9 @@ def check_template(tokenizer, chats):
             "take an instruct model, or give texts as prompts"
         )
         raise BadInput(reason, "model", "prompts")
-    for chat in chats:
-        if chat:
-            check_end_of_turn(tokenizer, chat)
-            return  # one is enough
+    not_empty = [chat for chat in chats if chat]
+    if not_empty:
+        check_end_of_turn(tokenizer, not_empty[0])  # the others end as it does
 
 
 def encode_chat(tokenizer, chat):
@@ -1649,9 +1663,10 @@ def seed_of_step(seed, step):
 
 def set_eos(model, eos_id):
     """Let the model's generate() stop at this token, unless it does so already."""
-    stops = model.generation_config.eos_token_id  # a number, a list, or None
-    stops_there = eos_id in stops if isinstance(stops, list) else eos_id == stops
-    if not stops_there:
+    stops = model.generation_config.eos_token_id
+    if not isinstance(stops, list):  # a number, or None
+        stops = [stops]
+    if eos_id not in stops:
         model.config.eos_token_id = eos_id
         model.generation_config.eos_token_id = eos_id
 
@@ -2011,8 +2026,8 @@ class Run:
             tokenizer.eos_token = self.tokenizer.eos_token
         tokenizer.save_pretrained(self.folder / "model")
 
-    def count_steps_without_advantage(self, metrics):
-        """Say once that nothing is learned: for 20 steps in a row every advantage was 0."""
+    def warn_if_nothing_is_learned(self, metrics):
+        """Say it once: for 20 steps in a row every advantage was 0."""
         if metrics["zero_advantage"] == 1:
             self.steps_without_advantage += 1
         else:
@@ -2073,7 +2088,7 @@ class Run:
             if step == first_step:
                 self.check_sampler(metrics["sampling_logp_difference"], self.dtype)
             self.show(bar, step, metrics)
-            self.count_steps_without_advantage(metrics)
+            self.warn_if_nothing_is_learned(metrics)
             self.count_skipped_steps(metrics)
 
             is_last = step == args.steps
