@@ -640,8 +640,8 @@ def largest_length(config):
 
 def is_made_for(config, task):
     """Whether a checkpoint is of a class such as GPT2ForSequenceClassification."""
-    class_names = config.architectures or []
-    return any(task in class_name for class_name in class_names)
+    class_names = str(config.architectures)  # a list; in a file written by hand maybe one name
+    return task in class_names
 
 
 def load_tokenizer(name, **options):
@@ -1519,7 +1519,7 @@ class StopRequest:
     def on_hangup(self, number, frame):
         for terminal in self.terminals:  # they are closed
             send_to_devnull(terminal)
-        self.on_stop(number, frame)
+        self.signal_number = number
 
     def signal_of_any_process(self):
         """The number of the signal, 0 without one. Under torchrun all stop after the same step."""
@@ -2317,7 +2317,10 @@ def prepare_process():
 
 def run_to_the_end(args):
     """Load, train, and save the trained model."""
-    run = Run(args)
+    try:
+        run = Run(args)
+    except KeyboardInterrupt:  # Ctrl-C while loading
+        sys.exit(128 + signal.SIGINT)
     stop = StopRequest()  # from now on Ctrl-C ends the run after the step, and no longer at once
     signal_number = run.train(stop)
     if signal_number != 0:
@@ -2336,8 +2339,6 @@ def main(argv=None):
         run_to_the_end(args)
     except BadInput as error:
         exit_with(error, args, error.flags)
-    except KeyboardInterrupt:  # Ctrl-C while loading
-        sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
         flags = ("micro_batch_size", "gradient_checkpointing", "offload", "optimizer", "batch_size")
         exit_with(str(error).splitlines()[0], args, flags)

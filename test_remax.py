@@ -1843,7 +1843,8 @@ def test_a_stop_signal_saves_the_last_step_and_says_how_to_resume(small, tmp_pat
     child = start(flags, tmp_path / "cut", steps=30)
     child.send(kind)
     assert child.wait().returncode == code, child.stderr
-    assert child.stderr.strip() == "stopping after this step; press again to stop now, unsaved"
+    if kind != signal.SIGHUP:  # with the terminal gone nobody can press again
+        assert child.stderr.strip() == "stopping after this step; press again to stop now, unsaved"
     assert "--resume" in child.stdout.splitlines()[-1]
     steps = [row["step"] for row in read_metrics(tmp_path / "cut") if "reward" in row]
     checkpoint = torch.load(tmp_path / "cut/checkpoint.pt", weights_only=True)
@@ -2718,6 +2719,37 @@ def test_a_second_signal_ends_the_run_at_once_even_inside_a_reward(small, tmp_pa
     assert child.wait().returncode == 130
     assert "press again to stop now" in child.stderr
     assert "Traceback" not in child.stderr
+
+
+def test_what_a_reward_raises_is_shown_whatever_it_is(small, tmp_path):
+    (tmp_path / "raises.py").write_text("def f(**kwargs):\n    raise KeyboardInterrupt('mine')")
+    flags = [*small, "--reward", f"{tmp_path}/raises.py:f", "--output-dir", tmp_path / "run"]
+    done = Child(*flags).wait()
+    assert done.returncode != 0
+    assert "raise KeyboardInterrupt('mine')" in done.stderr
+
+
+def test_ctrl_c_while_loading_ends_the_run_without_a_traceback(small, tmp_path):
+    (tmp_path / "loads.py").write_text(
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # Child took it away
+        "signal.raise_signal(signal.SIGINT)\nf = len"
+    )
+    flags = [*small, "--reward", f"{tmp_path}/loads.py:f", "--output-dir", tmp_path / "run"]
+    done = Child(*flags).wait()
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "class_name", [["GPT2ForSequenceClassification"], "GPT2ForTokenClassification"]
+)
+def test_a_classifier_is_no_policy_however_its_config_says_so(class_name, tmp_path):
+    shutil.copytree(TINY / "policy", tmp_path / "policy")
+    path = tmp_path / "policy/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": class_name}))
+    with pytest.raises(remax.BadInput, match="this is a classifier"):
+        remax.check_policy(tiny_args("--model", tmp_path / "policy"))
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_the_run():
