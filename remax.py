@@ -1699,9 +1699,8 @@ class Run:
         self.dtype = choose_dtype(args.precision, self.device)
 
         # What needs no model: files, flags, tokenizer and output folder.
-        self.args_to_compare = args_as_texts(
-            args, self.dtype
-        )  # now: files may change during the run
+        # Now, as files may change during the run:
+        self.args_to_compare = args_as_texts(args, self.dtype)
         check_policy(args)
         self.tokenizer = load_policy_tokenizer(args)
         self.settings = self.step_settings()
