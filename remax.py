@@ -129,7 +129,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         sampled_logits, greedy_logits = next_logits.chunk(2)  # (B,V) each
         all_logprobs = sampled_logits.log_softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(all_logprobs.exp(), 1)  # (B,1): y_t
-        logprobs.append(all_logprobs.gather(1, sampled))  # (B,1); behind EOS nobody reads them
+        logprobs.append(all_logprobs.gather(1, sampled))  # (B,1); after EOS nobody reads them
         greedy = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
         new_tokens = torch.cat([sampled, greedy])  # (2B,1)
 
@@ -1698,8 +1698,8 @@ class Run:
             set_up_cuda(self.device)
         self.dtype = choose_dtype(args.precision, self.device)
 
-        # What needs no model: files, flags, tokenizer and output folder.
-        # Now, as files may change during the run:
+        # What needs no model: files, flags, tokenizer and output folder. Files are compared as they
+        # are now: they may change during the run.
         self.args_to_compare = args_as_texts(args, self.dtype)
         check_policy(args)
         self.tokenizer = load_policy_tokenizer(args)
