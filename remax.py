@@ -555,9 +555,9 @@ def first_line(error):
 
 @contextmanager
 def blame(*flags):
-    """Turn an error inside a with block, or inside a function with @blame, into BadInput.
+    """Turn an error inside a with block into BadInput, which names these flags.
 
-    For code that looks at what a person gave by these flags: files, folders, rewards. Elsewhere an
+    For code that reads what a person gave by them: files, folders, names of the hub. Elsewhere an
     error is a mistake in this file, and keeps its traceback.
     """
     try:
@@ -654,7 +654,6 @@ def load_tokenizer(name, **options):
     return tokenizer
 
 
-@blame("model", "eos_token")
 def load_policy_tokenizer(args):
     """The policy's tokenizer, with an EOS and a padding token."""
     tokenizer = load_tokenizer(args.model)
@@ -876,11 +875,10 @@ def check_columns(columns, prompt_column):
         names = ", ".join(str(name) for name in columns)
         raise ValueError(f"there is no column {prompt_column}, only {names}")
     for name in columns:
-        if name in ("prompts", "completions") and name != prompt_column:
+        if name in ("prompts", "completions", "self") and name != prompt_column:
             raise ValueError(f"rename the column {name}: rewards get something else by this name")
 
 
-@blame("prompts", "prompt_column")
 def read_prompts(args, tokenizer):
     """The rows of --prompts, dicts of the same columns, and the token ids of each prompt."""
     rows = read_dataset(args.prompts)
@@ -1067,7 +1065,6 @@ class RewardModel:
         self.model.config.pad_token_id = tokenizer.pad_token_id
         self.device = device  # where it computes; with --offload its home is the CPU
 
-    @blame("reward", "prompts")
     def tokenize(self, conversations):
         """Texts, or chats as lists of messages, to the model's inputs."""
         is_templated = False
@@ -1088,11 +1085,12 @@ class RewardModel:
         )
 
     @torch.no_grad()
-    def __call__(self, /, prompts, completions, **columns):  # /: a column may be named self
+    def __call__(self, prompts, completions, **columns):
         conversations = []
         for prompt, completion in zip(prompts, completions, strict=True):
             conversations.append(prompt + completion)  # two texts, or two lists of messages
-        batch = self.tokenize(conversations).to(self.device)
+        with blame("reward", "prompts"):
+            batch = self.tokenize(conversations).to(self.device)
         with on_device(self.model, self.device):
             logits = self.model(**batch).logits.float()  # (N,labels)
         if logits.size(1) == 1:
@@ -1182,7 +1180,6 @@ def score_responses(args, reward_function, tokenizer, rows, responses):
 # =================================================================================================
 
 
-@blame("device")
 def choose_device(name):
     """The device of a name such as cpu, cuda or cuda:1. torchrun's processes get a GPU each."""
     device = torch.device(name)
@@ -1259,7 +1256,6 @@ def turn_off_noise(config):
             setattr(config, name, 0.0)
 
 
-@blame("model")
 def check_policy(args):
     """Refuse a model that cannot be trained here, before its weights are loaded."""
     if Path(args.model, "adapter_config.json").exists():
@@ -1273,7 +1269,6 @@ def check_policy(args):
         raise BadInput(reason, "model", "max_prompt_tokens", "max_new_tokens")
 
 
-@blame("model", "gradient_checkpointing")
 def load_policy(args):
     """The model to train: float32 weights, no noise, gradient checkpointing if asked for."""
     config = AutoConfig.from_pretrained(args.model)
@@ -1287,7 +1282,6 @@ def load_policy(args):
     return policy
 
 
-@blame("model")
 def load_reference(args, dtype):
     """The frozen model that training starts from; None without KL."""
     if args.kl_coef == 0:
@@ -1357,7 +1351,6 @@ def fingerprint(path):
     return f"{path.name} with the sha256 {content.hexdigest()[:16]}"
 
 
-@blame("model", "prompts", "reward")
 def args_as_texts(args, dtype):
     """The arguments as texts, for --resume to compare: name -> text."""
     texts = {name: without_folder(value) for name, value in vars(args).items()}
@@ -1393,7 +1386,6 @@ def may_continue(name, old, new):
     return new == old
 
 
-@blame("output_dir")
 def read_checkpoint(args, new_args, folder):
     """The checkpoint that --resume goes on from. Raises BadInput if other flags made it.
 
@@ -1441,7 +1433,6 @@ def refuse_old_run(args, folder):
         )
 
 
-@blame("output_dir")
 def open_metrics(args, folder):
     """metrics.jsonl, open for appending, in a folder that belongs to this run alone."""
     if (folder / "config.json").exists():
@@ -1529,37 +1520,18 @@ class StopRequest:
         return number.item()
 
 
-def hold_signals():
-    """Let signals wait: one that comes while a process forks would be lost."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
-
-
-def release_signals():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
-
-
-def reset_signals():
-    """Let signals end this process: it is a child that a reward has forked.
-
-    It would inherit the handler of StopRequest, which only remembers a signal. Then the reward's
-    terminate() would not end it.
-    """
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_DFL)
-    release_signals()
-
-
-def leave_group(_):
-    """Leave the process group of the run. (The argument is what register_after_fork() passes.)
-
-    A terminal, `timeout` and torchrun send their signals to a whole group. But the run needs the
-    processes of its reward to finish the step.
-    """
-    os.setpgrp()
-
-
 def prepare_forks():
-    """Rewards may fork processes, as pools do. See that signals do to them what they should."""
+    """Let signals do what they should to the processes that a reward forks, as a pool does.
+
+    Without this three things would go wrong:
+    1. A child inherits the handlers of StopRequest, which only remember a signal. terminate()
+       would not end it. So each child takes them away: reset_signals().
+    2. A terminate() from before it has done so would be lost. So signals wait while a process
+       forks: hold_signals() and release_signals().
+    3. A terminal, `timeout` and torchrun send their signals to a whole group of processes. The
+       workers of a pool would end, and the step that waits for them would not. So they leave the
+       group: leave_group().
+    """
     if not hasattr(os, "register_at_fork"):  # Windows has no fork
         return
     os.register_at_fork(
@@ -1568,6 +1540,24 @@ def prepare_forks():
     # Only where multiprocessing forks: a child of subprocess may call setsid(), which the leader
     # of a group must not. multiprocessing will call leave_group(os) in each of its processes.
     multiprocessing.util.register_after_fork(os, leave_group)
+
+
+def hold_signals():
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+
+
+def release_signals():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+
+
+def reset_signals():
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
+    release_signals()
+
+
+def leave_group(_):  # it gets what register_after_fork() was given
+    os.setpgrp()
 
 
 def format_metrics(metrics, prefix=""):
@@ -1693,45 +1683,55 @@ class Run:
         if args.batch_size % self.process_count != 0:
             reason = f"the batch does not divide among {self.process_count} processes"
             raise BadInput(reason, "batch_size")
-        self.device = choose_device(args.device)
+        with blame("device"):
+            self.device = choose_device(args.device)
         if self.device.type == "cuda":
             set_up_cuda(self.device)
         self.dtype = choose_dtype(args.precision, self.device)
 
-        # What needs no model: files, flags, tokenizer and output folder. Files are compared as they
-        # are now: they may change during the run.
-        self.args_to_compare = args_as_texts(args, self.dtype)
-        check_policy(args)
-        self.tokenizer = load_policy_tokenizer(args)
+        # What needs no model: files, flags, tokenizer and output folder.
+        with blame("model", "prompts", "reward"):
+            # Files are compared as they are now: they may change during the run.
+            self.args_to_compare = args_as_texts(args, self.dtype)
+        with blame("model"):
+            check_policy(args)
+        with blame("model", "eos_token"):
+            self.tokenizer = load_policy_tokenizer(args)
         self.settings = self.step_settings()
         self.folder = Path(args.output_dir).resolve()
         self.metrics_file = None
-        if self.rank == 0:  # under torchrun the first process alone writes
-            self.metrics_file = open_metrics(args, self.folder)
         checkpoint = None
-        if args.resume:
-            checkpoint = read_checkpoint(args, self.args_to_compare, self.folder)
+        with blame("output_dir"):
+            if self.rank == 0:  # under torchrun the first process alone writes
+                self.metrics_file = open_metrics(args, self.folder)
+            if args.resume:
+                checkpoint = read_checkpoint(args, self.args_to_compare, self.folder)
 
         # What takes time: prompts, reward and models.
-        self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
+        with blame("prompts", "prompt_column"):
+            self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward_function = load_reward_function(args, self.dtype, self.device)
-        self.policy = load_policy(args)
-        self.reference = load_reference(args, self.dtype)
-        self.check_token_ids()
+        with blame("model", "gradient_checkpointing"):
+            self.policy = load_policy(args)
+        with blame("model"):
+            self.reference = load_reference(args, self.dtype)
+            self.check_token_ids()
         self.policy.to(self.device)
         if not args.offload:  # otherwise they stay in CPU memory: see on_device()
             self.move_frozen_models()
-        self.check_decoding()
+        with blame("model"):
+            self.check_decoding()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
         if checkpoint is not None:
-            self.restore(checkpoint)
+            with blame("output_dir", "model"):
+                self.restore(checkpoint)
 
         use_one_thread_if_small(self.policy)
-        self.save_args()
+        with blame("output_dir"):
+            self.save_args()
         self.announce()
 
-    @blame("model")
     def check_token_ids(self):
         """Raise BadInput for a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
@@ -1779,12 +1779,9 @@ class Run:
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         max_new_tokens = min(4, self.args.max_new_tokens)
         self.policy.eval()
-        try:
-            response, _, sampling_logprobs = rollout(
-                self.policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
-            )  # (B,T) each
-        except ValueError as error:  # it has no cache
-            raise BadInput(str(error), "model") from error
+        response, _, sampling_logprobs = rollout(  # raises ValueError if it has no cache
+            self.policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
+        )  # (B,T) each
         mask = response_mask(response, eos_id)  # (B,T)
         logprobs = self.logprobs_without_padding(rows, response, mask)  # (B,T)
         difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
@@ -1811,7 +1808,6 @@ class Run:
         if isinstance(self.reward_function, RewardModel):
             self.reward_function.model.to(self.device)
 
-    @blame("output_dir", "model")
     def restore(self, checkpoint):
         """Load weights, optimizer, scaler and step from a checkpoint."""
         self.policy.load_state_dict(checkpoint["policy"])
@@ -1823,7 +1819,6 @@ class Run:
         self.steps_before = checkpoint["step"]
         self.skipped_steps = checkpoint["skipped_steps"]
 
-    @blame("output_dir")
     def save_args(self):
         if self.rank == 0:
             (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=2))
@@ -1845,10 +1840,10 @@ class Run:
         if self.device.type == "mps":
             say("device mps: nobody has tested remax.py there")
 
-    @blame("output_dir")
     def log(self, row):
         if self.rank == 0:
-            self.metrics_file.write(json.dumps(row) + "\n")
+            with blame("output_dir"):
+                self.metrics_file.write(json.dumps(row) + "\n")
 
     def kl_to_reference(self, prompt, attention_mask, response):
         """The estimate of the KL from each response in nats, (B,)."""
@@ -1988,8 +1983,8 @@ class Run:
         self.log(metrics)
         return metrics
 
-    @blame("output_dir")
     def save(self, step):
+        """Write a checkpoint: all that --resume needs."""
         if self.rank > 0:
             return
         os.fsync(self.metrics_file.fileno())  # or a power cut could lose rows that it counts
@@ -2011,7 +2006,6 @@ class Run:
             config = config.get_text_config()
         return config
 
-    @blame("output_dir", "model")
     def save_model(self):
         """Save the policy and its tokenizer. generate() will stop where training did."""
         eos_id = self.tokenizer.eos_token_id
@@ -2034,18 +2028,13 @@ class Run:
         if self.steps_without_advantage == 20:
             say("warning: 20 steps of zero_advantage 1: are all responses or rewards alike?")
 
-    def count_skipped_steps(self, metrics):
+    def refuse_to_be_stuck(self, metrics):
+        """Raise BadInput if five steps in a row, or all of a shorter run, changed no weight."""
         if metrics["skipped"] == 1:
             self.skipped_steps += 1
         else:
             self.skipped_steps = 0
-
-    def is_stuck(self):
-        """Whether five steps in a row, or all of a shorter run, changed no weight."""
-        return self.skipped_steps >= min(5, self.args.steps)
-
-    def end_if_stuck(self):
-        if self.is_stuck():
+        if self.skipped_steps >= min(5, self.args.steps):
             reason = (
                 f"no finite gradient in {self.skipped_steps} steps: start again with other flags "
                 "and another --output-dir"
@@ -2077,7 +2066,6 @@ class Run:
         args = self.args
         if self.steps_before == 0:
             self.evaluate_and_log(0)
-        self.end_if_stuck()  # this may be a resumed run
         if self.steps_before == args.steps:
             say(f"all {args.steps} steps are done already: larger --steps continue")
         first_step = self.steps_before + 1
@@ -2088,17 +2076,16 @@ class Run:
                 self.check_sampler(metrics["sampling_logp_difference"], self.dtype)
             self.show(bar, step, metrics)
             self.warn_if_nothing_is_learned(metrics)
-            self.count_skipped_steps(metrics)
+            self.refuse_to_be_stuck(metrics)
 
             is_last = step == args.steps
             if is_last or step % args.eval_every == 0:
                 self.evaluate_and_log(step)
             signal_number = stop.signal_of_any_process()
             is_stopped = signal_number != 0
-            ends_here = is_last or is_stopped or self.is_stuck()
-            if ends_here or step % args.save_every == 0:
-                self.save(step)
-            self.end_if_stuck()
+            if is_last or is_stopped or step % args.save_every == 0:
+                with blame("output_dir"):
+                    self.save(step)
             if is_stopped:
                 say(f"stopped after step {step}: the same command with --resume continues")
                 return signal_number
@@ -2325,7 +2312,8 @@ def run_to_the_end(args):
     if signal_number != 0:
         sys.exit(128 + signal_number)  # as shells report a signal
     if run.rank == 0:
-        run.save_model()
+        with blame("output_dir", "model"):
+            run.save_model()
         print_summary(run.folder / "metrics.jsonl")
         say(f"the trained model is in {args.output_dir}/model")
 

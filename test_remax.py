@@ -2012,6 +2012,7 @@ FILES = {  # name: content
     "some_none.py": "def f(prompts, **k):\n    return [None] * len(prompts)",
     "empty.jsonl": "",
     "named.jsonl": '{"prompt": "The plot", "completions": "was told"}\n' * 60,
+    "self.jsonl": '{"prompt": "The plot", "self": "was told"}\n' * 60,
     "null_content.jsonl": '{"prompt": [{"role": "user", "content": null}]}\n' * 60,
     "parts.jsonl": '{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}\n' * 60,
     "answered.jsonl": (
@@ -2090,6 +2091,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts nosuch.jsonl", "--prompts nosuch.jsonl"),
     ("--prompts empty.jsonl", "--prompts empty.jsonl"),
     ("--prompts named.jsonl", "completions rename --prompts named.jsonl"),
+    ("--prompts self.jsonl", "self rename --prompts self.jsonl"),
     ("--prompts blank.txt", "0 prompts"),
     ("--prompts number.jsonl", "--prompts number.jsonl"),
     ("--prompts null.jsonl", "--prompts null.jsonl"),
@@ -2200,7 +2202,7 @@ def test_every_mistake_is_answered_in_words(flags, words, desk, tmp_path, capsys
 
 
 def test_a_short_run_that_skipped_every_step_fails(small, tmp_path, capsys):
-    flags = ["--kl-coef", "1e39", "--steps", 2, "--output-dir", tmp_path]
+    flags = ["--kl-coef", "1e39", "--steps", 2, "--save-every", 1, "--output-dir", tmp_path]
     for more in [], ["--resume"]:
         code, said = answer(capsys, *small, *flags, *more)
         assert code == 1
@@ -2413,7 +2415,7 @@ def test_texts_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
 
 def test_an_eos_that_the_vocabulary_spells_otherwise_is_refused():
     """A newline is one token of the tiny world, but its lookup gives the unknown token."""
-    with pytest.raises(remax.BadInput, match="not one token"):
+    with pytest.raises(ValueError, match="not one token"):
         remax.load_policy_tokenizer(tiny_args("--eos-token", "\n"))
     assert remax.load_policy_tokenizer(tiny_args("--eos-token", ".")).eos_token_id == 14
 
@@ -2751,7 +2753,7 @@ def test_a_classifier_is_no_policy_however_its_config_says_so(class_name, tmp_pa
     shutil.copytree(TINY / "policy", tmp_path / "policy")
     path = tmp_path / "policy/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": class_name}))
-    with pytest.raises(remax.BadInput, match="this is a classifier"):
+    with pytest.raises(ValueError, match="this is a classifier"):
         remax.check_policy(tiny_args("--model", tmp_path / "policy"))
 
 
@@ -3430,8 +3432,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "load_model(AutoModelForCausalLM, args.model, dtype=dtype).requires_grad_",
      "load_model(AutoModelForCausalLM, args.model, dtype=torch.float32).requires_grad_",
      "reference_rests"),
-    ("checkpoints at other steps", "ends_here or step % args.save_every == 0",
-     "ends_here or step % args.eval_every == 0",
+    ("checkpoints at other steps", "is_stopped or step % args.save_every == 0",
+     "is_stopped or step % args.eval_every == 0",
      "when_asked_for"),
     ("sampler not checked",
      "if math.isnan(difference) or difference > LARGEST_DIFFERENCE[dtype]:", "if False:",
