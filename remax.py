@@ -92,7 +92,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     policy: a Hugging Face causal language model in eval() mode.
     prompt, attention_mask: (B,P), padded on the left. eos_id, pad_id: one number each.
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
-    logprobs (B,T): of each sampled token, in nats, as it was drawn; after EOS they mean nothing.
+    logprobs (B,T): of each sampled token, in nats, as it was drawn, 0 after EOS.
     Raises ValueError for prompts that are padded on the right, and for a model without a cache
     (RWKV, BERT): token by token, it would forget.
 
@@ -129,13 +129,14 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         sampled_logits, greedy_logits = next_logits.chunk(2)  # (B,V) each
         all_logprobs = sampled_logits.log_softmax(-1)  # (B,V): all of pi, no temperature, no top-k
         sampled = torch.multinomial(all_logprobs.exp(), 1)  # (B,1): y_t
-        logprobs.append(all_logprobs.gather(1, sampled))  # (B,1); after EOS nobody reads them
+        sampled_logprob = all_logprobs.gather(1, sampled)  # (B,1)
         greedy = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
-        new_tokens = torch.cat([sampled, greedy])  # (2B,1)
 
-        # A row that is done goes on with padding until all are done. Nobody uses what it computes.
-        new_tokens = new_tokens.masked_fill(done, pad_id)  # (2B,1)
+        # A row that is done goes on with padding until all are done.
+        new_tokens = torch.cat([sampled, greedy]).masked_fill(done, pad_id)  # (2B,1)
         tokens.append(new_tokens)
+        sampled_done, _ = done.chunk(2)  # (B,1) each
+        logprobs.append(sampled_logprob.masked_fill(sampled_done, 0.0))
         done = done | (new_tokens == eos_id)  # (2B,1)
         if done.all():
             break
@@ -180,10 +181,11 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
       ids         pad  x_1  x_2  y_1  EOS  pad
       full_mask   0    1    1    1    1    0
       positions   0    0    1    2    3    3
-      its logits            y_1  EOS  pad         the token that they predict, where we keep them
+      predicts              y_1  EOS  pad         (of the other logits we need none)
     """
     T = response.size(1)
     ids = torch.cat([prompt, response], 1)  # (B,P+T)
+    # No token sees the padding behind it. To mask it changes no result, but kernels may skip it.
     full_mask = torch.cat([attention_mask, mask], 1)  # (B,P+T)
     output = model(
         ids,
@@ -229,11 +231,11 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
 # Line (f) is what remax_loss computes. By (b) and (e), the gradient of token t would be weighted by
-# the log-ratios of all tokens s. But (c) and (d) hold for the single token y_t too, given those
-# before it:
-#   E[k * grad log pi(y_t|x,y_<t)] = 0   for every number k that is fixed before y_t is drawn.
-# The log-ratios of s < t are such numbers. They add nothing to the mean, and are left out. But r
-# depends on all tokens, and stays.
+# the log-ratios of all tokens s. Those of the past, s < t, may be left out. For fix the tokens
+# before y_t, and with them the sum k of the past log-ratios. Then (c) holds for the one token y_t:
+#   E[k * grad log pi(y_t|x,y_<t) | y_<t] = k * sum_{y_t} grad pi(y_t|x,y_<t) = k * grad 1 = 0
+# It is 0 for every past, so it is 0 in the mean over all pasts too. The reward r depends on all
+# tokens, and stays.
 def remax_loss(logprobs, ref_logprobs, mask, reward, baseline, kl_coef):
     """The scalar whose gradient is minus the ReMax estimator (Algorithm 1).
 
@@ -348,14 +350,12 @@ class StepResult(NamedTuple):
     greedy_response: torch.Tensor  # (B,T)
     greedy_reward: torch.Tensor  # (B,)
     logprobs: torch.Tensor  # (B,T), before the update; 0 where masked
-    sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them
+    sampling_logprobs: torch.Tensor  # (B,T), as rollout() returned them; 0 where masked
     loss: torch.Tensor  # a scalar
     grad_norm: torch.Tensor  # a scalar, before clipping
 
 
-def remax_step(
-    policy, reference, optimizer, scaler, score, prompt, attention_mask, settings: StepSettings
-):
+def remax_step(policy, reference, optimizer, scaler, score, prompt, attention_mask, settings):
     """One update of the policy from B prompts: the six steps at the top of this file.
 
     policy: a causal language model without dropout. The weights that it trains are in float32: in
@@ -365,14 +365,14 @@ def remax_step(
     scaler: a GradScaler, enabled for float16 alone.
     score: a function, responses (2B,T) -> rewards (2B,). It gets the B sampled responses and then
     the B greedy ones, each in the order of the prompts. It knows the prompts itself.
-    prompt, attention_mask: (B,P), padded on the left.
+    prompt, attention_mask: (B,P), padded on the left. settings: StepSettings.
     With a 16-bit dtype the rollout reads 16-bit copies of the weights, the gradient is computed by
     autocast from the float32 weights, and log-probs and loss are in float32.
     Returns a StepResult. The policy is left in train() mode.
     Raises ValueError for kl_coef without a reference, and for rewards of another shape.
     Under torchrun each process brings B prompts of its own, and all make the same update.
     """
-    if reference is None and settings.kl_coef != 0:
+    if reference is None and settings.kl_coef > 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     dtype = settings.dtype
@@ -477,12 +477,12 @@ def computing_in(dtype, device):
 @contextmanager
 def on_device(model, device):
     """Inside the with block the model is on the device, afterwards where it was before."""
-    home = next(model.parameters()).device
+    device_before = next(model.parameters()).device
     try:
         model.to(device)
         yield
     finally:
-        model.to(home)
+        model.to(device_before)
 
 
 def micro_batches(B, size):
@@ -506,11 +506,11 @@ def logprobs_without_gradient(model, prompt, attention_mask, response, mask, mic
     return torch.cat(logprobs)
 
 
-def average_over_processes(tensor):
-    """Replace a tensor by its mean over the processes of torchrun. A single process keeps it."""
+def average_in_place(tensor):
+    """Overwrite a tensor with its mean over the processes of torchrun; without them keep it."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
+        dist.all_reduce(tensor)  # the sum
+        tensor.div_(dist.get_world_size())
 
 
 def average_gradients(model):
@@ -525,7 +525,7 @@ def average_gradients(model):
             continue
         if parameter.grad is None:  # a part of a mixture of experts may have had nothing to do
             parameter.grad = torch.zeros_like(parameter)
-        average_over_processes(parameter.grad)
+        average_in_place(parameter.grad)
 
 
 # =================================================================================================
@@ -541,8 +541,8 @@ class BadInput(Exception):
         self.flags = flags  # their names, as in args
 
 
-def first_line(error):
-    """The first line of an error's message.
+def short_message(error):
+    """An error in one line: the first one of its message.
 
     OSError and ValueError explain themselves. Other errors get their type in front: KeyError: 'x'.
     """
@@ -557,17 +557,16 @@ def first_line(error):
 def blame(*flags):
     """Turn an error inside a with block into BadInput, which names these flags.
 
-    For code that reads what a person gave by them: files, folders, names of the hub. Elsewhere an
-    error is a mistake in this file, and keeps its traceback.
+    For code that reads what a person gave by them: files, folders, names of the hub. There a
+    ValueError is enough, unless other flags are to blame. Elsewhere an error is a mistake in this
+    file, and keeps its traceback.
     """
     try:
         yield
-    except (BadInput, torch.OutOfMemoryError):
-        raise  # main() has an answer to these
-    except (NameError, AttributeError):
-        raise  # a mistake in this file after all
+    except (BadInput, torch.OutOfMemoryError, NameError, AttributeError):
+        raise  # main() answers the first two; the others are mistakes in this file after all
     except Exception as error:  # the libraries raise what they like for a wrong file or name
-        raise BadInput(first_line(error), *flags) from error
+        raise BadInput(short_message(error), *flags) from error
 
 
 HERE = Path(__file__).resolve().parent
@@ -590,8 +589,10 @@ def as_typed(name, value):
     """A flag and its value as a person would type them."""
     if value is None:  # it was not given
         return as_flag(name)
-    if isinstance(value, bool):  # --offload or --no-offload
-        return as_flag(name if value else f"no_{name}")
+    if value is True:
+        return as_flag(name)
+    if value is False:  # --no-offload
+        return as_flag(f"no_{name}")
     return f"{as_flag(name)} {without_folder(value)}"
 
 
@@ -707,6 +708,7 @@ def read_table(file, delimiter):
         if len(set(columns)) < len(columns):
             raise ValueError("two columns have the same name")
         for row in reader:
+            # DictReader stores values without a column under None, and None for a lacking value.
             has_too_many_values = None in row
             has_too_few_values = None in row.values()
             if has_too_many_values or has_too_few_values:
@@ -901,8 +903,8 @@ class PromptRow(NamedTuple):
     prompt_ids: list  # the tokens that the policy sees
     prompt_text: str  # the text of these tokens
     is_cut: bool  # the prompt was longer than --max-prompt-tokens
-    prompt: str | list  # what a reward gets: text or chat as it stands in the data, unless cut
-    columns: dict  # what else a reward gets: the other columns
+    reward_prompt: str | list  # for the reward: text or chat as it stands in the data, unless cut
+    columns: dict  # for the reward too: the other columns
 
 
 def cut_ids(tokenizer, ids, length):
@@ -936,7 +938,7 @@ def make_row(args, tokenizer, values, ids):
         prompt_ids=ids,
         prompt_text=decode(tokenizer, ids),
         is_cut=is_cut,
-        prompt=prompt,
+        reward_prompt=prompt,
         columns=columns,
     )
 
@@ -944,7 +946,7 @@ def make_row(args, tokenizer, values, ids):
 def is_usable(args, row):
     """Whether a PromptRow is neither empty nor a chat that is too long."""
     is_empty = row.prompt_text.strip() == ""
-    is_chat = isinstance(row.prompt, list)
+    is_chat = isinstance(row.reward_prompt, list)
     is_too_long = is_chat and len(row.prompt_ids) > args.max_prompt_tokens  # it cannot be cut
     return not is_empty and not is_too_long
 
@@ -1067,17 +1069,17 @@ class RewardModel:
 
     def tokenize(self, conversations):
         """Texts, or chats as lists of messages, to the model's inputs."""
-        is_templated = False
+        add_special_tokens = True
         if isinstance(conversations[0], str):
             texts = conversations
         elif self.tokenizer.chat_template is None:
             texts = [contents_of(chat) for chat in conversations]
         else:
             texts = [render(self.tokenizer, chat) for chat in conversations]
-            is_templated = True
+            add_special_tokens = False  # the template writes them itself
         return self.tokenizer(
             texts,
-            add_special_tokens=not is_templated,  # a template writes them itself
+            add_special_tokens=add_special_tokens,
             padding=True,
             truncation=True,
             return_attention_mask=True,
@@ -1119,7 +1121,7 @@ def decode_response(tokenizer, row, ids):
     both = decode(tokenizer, row.prompt_ids + ids)
     if both.startswith(row.prompt_text):
         return both.removeprefix(row.prompt_text)
-    # It changes the text of the prompt, as half an emoji behind a whole one may.
+    # A prompt that ends within a letter, as half an emoji, may read otherwise before a response.
     return decode(tokenizer, ids)
 
 
@@ -1136,11 +1138,11 @@ def decode_responses(tokenizer, rows, responses):
 def reward_arguments(tokenizer, rows, responses):
     """prompts, completions and every other column of the dataset: lists of one entry a row."""
     completions = decode_responses(tokenizer, rows, responses)
-    if isinstance(rows[0].prompt, list):
+    if isinstance(rows[0].reward_prompt, list):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     # Copies: a row is used for two responses and in many steps, whatever a reward does to it.
     arguments = {
-        "prompts": [copy.deepcopy(row.prompt) for row in rows],
+        "prompts": [copy.deepcopy(row.reward_prompt) for row in rows],
         "completions": completions,
     }
     for name in rows[0].columns:
@@ -1275,9 +1277,10 @@ def load_policy(args):
     turn_off_noise(config)  # before the modules read it
     # float32: bfloat16 weights would round an update of 1e-6 away.
     policy = load_model(AutoModelForCausalLM, args.model, config=config, dtype=torch.float32)
-    if policy.config.model_type != config.model_type:
+    if policy.config.model_type != config.model_type:  # it is a part of a model that sees images
         say(f"{without_folder(args.model)}: only its language model is trained and saved")
     if args.gradient_checkpointing:
+        # transformers 5.24 renamed gradient_checkpointing_enable().
         policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
@@ -1594,7 +1597,7 @@ def format_sample(sample):
 def mean_over_processes(values):
     """The mean over all entries and all processes, as a number: all processes must call it."""
     mean = values.float().mean()
-    average_over_processes(mean)
+    average_in_place(mean)
     return mean.item()
 
 
@@ -1625,7 +1628,7 @@ def step_metrics(result, settings):
     tokens = mean_over_processes(batch.mask.sum(1))
     # The next two are in nats per token: the mean sum over a response, divided by its mean length.
     entropy = mean_over_processes(-result.logprobs.sum(1)) / tokens
-    difference = (result.logprobs - result.sampling_logprobs).abs() * batch.mask  # (B,T)
+    difference = (result.logprobs - result.sampling_logprobs).abs()  # (B,T), 0 where masked
     sampling_logp_difference = mean_over_processes(difference.sum(1)) / tokens
     grad_norm = mean_over_processes(result.grad_norm)
     skipped = 0.0 if math.isfinite(grad_norm) else 1.0
@@ -1652,7 +1655,7 @@ def seed_of_step(seed, step):
 
 
 def set_eos(model, eos_id):
-    """Let the model's generate() stop at this token, unless it does so already."""
+    """Let the model's generate() stop at this token alone, unless it does stop there already."""
     stops = model.generation_config.eos_token_id
     if not isinstance(stops, list):  # a number, or None
         stops = [stops]
@@ -1675,21 +1678,36 @@ class Run:
         self.steps_before = 0  # taken before this process began: more than 0 with --resume
         self.steps_without_advantage = 0  # in a row, up to now
         self.skipped_steps = 0  # in a row, up to now
+        self.set_up_machine()
+        checkpoint = self.check_inputs()
+        self.load()
+        if checkpoint is not None:
+            with blame("output_dir", "model"):
+                self.restore(checkpoint)
+        with blame("output_dir"):
+            self.save_args()
+        self.announce()
 
-        # The machine.
+    def set_up_machine(self):
+        """The processes, the device, and what to compute in."""
         self.rank, self.process_count = 0, 1
         if dist.is_initialized():
             self.rank, self.process_count = dist.get_rank(), dist.get_world_size()
-        if args.batch_size % self.process_count != 0:
+        if self.args.batch_size % self.process_count != 0:
             reason = f"the batch does not divide among {self.process_count} processes"
             raise BadInput(reason, "batch_size")
         with blame("device"):
-            self.device = choose_device(args.device)
+            self.device = choose_device(self.args.device)
         if self.device.type == "cuda":
             set_up_cuda(self.device)
-        self.dtype = choose_dtype(args.precision, self.device)
+        self.dtype = choose_dtype(self.args.precision, self.device)
 
-        # What needs no model: files, flags, tokenizer and output folder.
+    def check_inputs(self):
+        """What needs no model: files, flags, tokenizer and output folder.
+
+        Returns the checkpoint to go on from; None for a new run.
+        """
+        args = self.args
         with blame("model", "prompts", "reward"):
             # Files are compared as they are now: they may change during the run.
             self.args_to_compare = args_as_texts(args, self.dtype)
@@ -1700,14 +1718,16 @@ class Run:
         self.settings = self.step_settings()
         self.folder = Path(args.output_dir).resolve()
         self.metrics_file = None
-        checkpoint = None
         with blame("output_dir"):
             if self.rank == 0:  # under torchrun the first process alone writes
                 self.metrics_file = open_metrics(args, self.folder)
             if args.resume:
-                checkpoint = read_checkpoint(args, self.args_to_compare, self.folder)
+                return read_checkpoint(args, self.args_to_compare, self.folder)
+        return None
 
-        # What takes time: prompts, reward and models.
+    def load(self):
+        """What takes time: prompts, reward and models."""
+        args = self.args
         with blame("prompts", "prompt_column"):
             self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward_function = load_reward_function(args, self.dtype, self.device)
@@ -1723,17 +1743,10 @@ class Run:
             self.check_decoding()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
-        if checkpoint is not None:
-            with blame("output_dir", "model"):
-                self.restore(checkpoint)
-
         use_one_thread_if_small(self.policy)
-        with blame("output_dir"):
-            self.save_args()
-        self.announce()
 
     def check_token_ids(self):
-        """Raise BadInput for a token that the policy has no embedding for."""
+        """Raise ValueError for a token that the policy has no embedding for."""
         embeddings = self.policy.get_input_embeddings().num_embeddings
         largest = max(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         for row in self.training_rows + self.held_out_rows:
@@ -1784,9 +1797,9 @@ class Run:
         )  # (B,T) each
         mask = response_mask(response, eos_id)  # (B,T)
         logprobs = self.logprobs_without_padding(rows, response, mask)  # (B,T)
-        difference = (logprobs - sampling_logprobs).abs() * mask  # (B,T)
+        difference = (logprobs - sampling_logprobs).abs()  # (B,T), 0 where masked
         mean_difference = difference.sum() / mask.sum()
-        # float32: these are the policy's own weights, whatever --precision says.
+        # float32: they are drawn with the policy's own weights, whatever --precision says.
         self.check_sampler(mean_difference.item(), torch.float32)
 
     def check_sampler(self, difference, dtype):
@@ -1833,7 +1846,7 @@ class Run:
             f"reference {reference}, reward {without_folder(args.reward)}, "
             f"EOS {self.tokenizer.eos_token!r}, output {args.output_dir}"
         )
-        is_chat = isinstance(self.training_rows[0].prompt, list)
+        is_chat = isinstance(self.training_rows[0].reward_prompt, list)
         is_model = isinstance(self.reward_function, RewardModel)
         if is_chat and is_model and self.reward_function.tokenizer.chat_template is None:
             say("the reward model has no chat template: it reads the contents, line by line")
@@ -1930,18 +1943,16 @@ class Run:
         progress = (step - 1) / self.args.steps
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def draw_rows(self, step):
-        """Seed the step, and return this process's share of its prompts.
-
-        All noise of a step comes from --seed and the step. So a resumed run draws the same.
-        """
-        step_seed = seed_of_step(self.args.seed, step)
-        # All processes of torchrun draw the same batch, but different responses.
+    def draw_rows(self, step_seed):
+        """Draw the prompts of a step, and return this process's share of them."""
         batch = random.Random(step_seed).sample(self.training_rows, self.args.batch_size)
+        # The processes of torchrun take turns: one takes rows 0, 2, 4, the other rows 1, 3, 5.
+        return batch[self.rank :: self.process_count]
+
+    def seed_noise(self, step_seed):
+        """Seed all that a step draws beside its prompts, another way in each process."""
         transformers.set_seed(step_seed)  # a reward may use random or numpy
         torch.manual_seed(step_seed + self.rank)
-        # They take turns: one takes rows 0, 2, 4, the other rows 1, 3, 5.
-        return batch[self.rank :: self.process_count]
 
     def set_learning_rate(self, lr):
         for group in self.optimizer.param_groups:
@@ -1949,7 +1960,10 @@ class Run:
 
     def train_step(self, step):
         """Draw prompts, take one step of the algorithm, log and return its metrics."""
-        rows = self.draw_rows(step)
+        # All noise of a step comes from --seed and the step. So a resumed run draws the same.
+        step_seed = seed_of_step(self.args.seed, step)
+        rows = self.draw_rows(step_seed)
+        self.seed_noise(step_seed)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         lr = self.learning_rate(step)
         self.set_learning_rate(lr)

@@ -1063,7 +1063,7 @@ def test_gradients_left_over_from_before_do_not_count():
 def test_frozen_weights_get_no_gradient_under_torchrun(monkeypatch):
     """Zeros would do: weight decay moves what has a gradient."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(remax, "average_over_processes", lambda tensor: None)
+    monkeypatch.setattr(remax, "average_in_place", lambda tensor: None)
     policy = make("gpt2")
     policy.transformer.wte.requires_grad_(False)
     remax.average_gradients(policy)
@@ -1359,7 +1359,7 @@ def test_every_kind_of_prompt_file(tokenizer, tmp_path, suffix):
     assert (len(rows), len(held_out)) == (16, 4)
     for row in rows:  # plain text is cut to its first tokens, and the reward sees the same
         assert len(row.prompt_ids) == 5
-        assert row.prompt == tokenizer.decode(row.prompt_ids)
+        assert row.reward_prompt == tokenizer.decode(row.prompt_ids)
         if suffix != "txt":
             assert row.prompt_text.split()[0] == str(row.columns["answer"])
 
@@ -2302,13 +2302,12 @@ def test_a_reward_that_fails_later_leaves_the_checkpoint_whole(small, tmp_path, 
     assert checkpoint["step"] >= 2
 
 
-def test_five_steps_without_a_finite_gradient_stop_the_run_with_a_checkpoint(
-    small, tmp_path, capsys
-):
+def test_five_steps_without_a_finite_gradient_stop_the_run(small, tmp_path, capsys):
     (tmp_path / "huge.py").write_text(
         "def f(completions, **k):\n    return [3e38 * (-1) ** i for i in range(len(completions))]"
     )
     flags = ["--reward", f"{tmp_path}/huge.py:f", "--steps", 9, "--baseline", "none"]
+    flags += ["--save-every", 2]
     code, said = answer(capsys, *small, "--output-dir", tmp_path / "run", *flags)
     assert code == 1
     assert "5 steps" in said[-2]
@@ -2316,7 +2315,7 @@ def test_five_steps_without_a_finite_gradient_stop_the_run_with_a_checkpoint(
     steps = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     assert [row["skipped"] for row in steps] == [1.0] * 5
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 5
+    assert checkpoint["step"] == 4
     policy = checkpoint["policy"]
     untouched = AutoModelForCausalLM.from_pretrained(TINY / "policy").state_dict()
     assert all(torch.equal(policy[name], tensor) for name, tensor in untouched.items())
@@ -2372,7 +2371,7 @@ def test_values_reach_the_reward_as_they_stand_in_the_file(tokenizer, tmp_path):
     values = ["2021-03-04", "007", 5, None]
     lines = [{"prompt": f"The plot {i}", "answer": value} for i, value in enumerate(values)]
     rows, held_out = load(write_jsonl(tmp_path / "p.jsonl", lines), tokenizer)
-    got = {row.prompt: row.columns["answer"] for row in rows + held_out}
+    got = {row.reward_prompt: row.columns["answer"] for row in rows + held_out}
     assert got == {line["prompt"]: line["answer"] for line in lines}
     (tmp_path / "p.csv").write_text("prompt,answer\nThe plot,007\nThe cast,2021-03-04\n")
     rows, held_out = load(tmp_path / "p.csv", tokenizer)
@@ -3444,10 +3443,10 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("sampler not checked in the first step",
      'self.check_sampler(metrics["sampling_logp_difference"], self.dtype)', "pass",
      "wrong_sampler"),
-    ("gradients not averaged", "        average_over_processes(parameter.grad)\n",
+    ("gradients not averaged", "        average_in_place(parameter.grad)\n",
      "        pass\n",
      "update_of_one"),
-    ("figures of one process", "    average_over_processes(mean)\n", "",
+    ("figures of one process", "    average_in_place(mean)\n", "",
      "update_of_one"),
     ("processes that stop at different steps",
      "dist.all_reduce(number, dist.ReduceOp.MAX)", "number *= 1 - dist.get_rank()",
