@@ -641,8 +641,10 @@ def largest_length(config):
 
 def is_made_for(config, task):
     """Whether a checkpoint is of a class such as GPT2ForSequenceClassification."""
-    class_names = str(config.architectures)  # a list; in a file written by hand maybe one name
-    return task in class_names
+    class_names = config.architectures or []
+    if isinstance(class_names, str):  # in a config written by hand
+        class_names = [class_names]
+    return any(task in class_name for class_name in class_names)
 
 
 def load_tokenizer(name, **options):
@@ -1010,7 +1012,10 @@ def forbid_exit():
 
 
 def import_file(path):
-    """Import a Python file by its path: import_module() would prefer a library of the same name."""
+    """Import a Python file by its path, as the documentation of importlib does it.
+
+    import_module() would prefer a library of the same name.
+    """
     name = Path(path).stem
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
     spec = importlib.util.spec_from_file_location(name, path)
@@ -1337,12 +1342,15 @@ MAY_CHANGE = (
 )
 
 
-def fingerprint(path):
-    """The name of a file or folder, and the hash of its content: of the files right in a folder.
+def fingerprint(name):
+    """The name of a file or folder, and the hash of its content. A name of the hub as it is.
 
-    16 digits are enough to tell two contents apart.
+    The content of a folder is that of the files right in it. 16 digits of the hash are enough to
+    tell two contents apart.
     """
-    path = Path(path)
+    path = Path(name)
+    if not path.exists():
+        return name
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
@@ -1359,13 +1367,10 @@ def args_as_texts(args, dtype):
     texts = {name: without_folder(value) for name, value in vars(args).items()}
     texts["precision"] = str(dtype)  # auto may be another dtype on another device
     # Files and folders count by their content: they may have been edited since, or moved.
-    if os.path.exists(args.model):
-        texts["model"] = fingerprint(args.model)
-    if os.path.exists(args.prompts):
-        texts["prompts"] = fingerprint(args.prompts)
-    reward_path, function_name = split_function(args.reward)
-    if os.path.exists(reward_path):
-        texts["reward"] = f"{fingerprint(reward_path)}, {function_name}"
+    texts["model"] = fingerprint(args.model)
+    texts["prompts"] = fingerprint(args.prompts)
+    reward_name, function_name = split_function(args.reward)
+    texts["reward"] = f"{fingerprint(reward_name)}, {function_name}"
     return texts
 
 
@@ -1929,7 +1934,7 @@ class Run:
         return metrics, samples
 
     def evaluate_and_log(self, step):
-        """The first process evaluates. The others wait, at the next average over processes."""
+        """The first process evaluates. The others go on, and wait for it at their next average."""
         if self.rank > 0:
             return
         metrics, samples = self.evaluate()
