@@ -3406,9 +3406,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "                metrics = self.train_step(step)\n",
      "traceback"),
     ("evaluation moves the noise of training",
-     "        transformers.set_seed(step_seed)  # a reward may use random or numpy\n"
-     "        torch.manual_seed(step_seed + self.rank)",
-     "        step > 1 or transformers.set_seed(self.args.seed)",
+     "        self.seed_noise(step_seed)\n",
+     "        step > 1 or self.seed_noise(step_seed)\n",
      "same_seed"),
     ("second BOS", "tokenizer.encode(text, add_special_tokens=False)", "tokenizer.encode(text)",
      "template_once"),
