@@ -94,7 +94,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
     Returns response (B,T) and greedy_response (B,T), both pad_id after their first eos_id, and
     logprobs (B,T): of each sampled token, in nats, as it was drawn, 0 after EOS.
     Raises ValueError for prompts that are padded on the right, and for a model without a cache
-    (RWKV, BERT): token by token, it would forget.
+    (RWKV, BERT), which would see nothing but the newest token.
 
     Why not generate()? It cannot draw some rows of a batch and decode the others greedily. And it
     takes what we do not pass from the checkpoint's generation_config (trl#5783), or from defaults
@@ -185,7 +185,7 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
     """
     T = response.size(1)
     ids = torch.cat([prompt, response], 1)  # (B,P+T)
-    # No token sees the padding behind it. To mask it changes no result, but kernels may skip it.
+    # No token sees the padding after it. Masking it changes no result, and lets kernels skip it.
     full_mask = torch.cat([attention_mask, mask], 1)  # (B,P+T)
     output = model(
         ids,
@@ -231,8 +231,9 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
 #
 # Line (f) is what remax_loss computes. By (b) and (e), the gradient of token t would be weighted by
-# the log-ratios of all tokens s. Those of the past, s < t, may be left out. For fix the tokens
-# before y_t, and with them the sum k of the past log-ratios. Then (c) holds for the one token y_t:
+# the log-ratios of all tokens s. Those of the past, s < t, may be left out. To see why, take the
+# tokens before y_t as given. The sum of the past log-ratios is then a fixed number, k, and line (c)
+# holds for the one token y_t:
 #   E[k * grad log pi(y_t|x,y_<t) | y_<t] = k * sum_{y_t} grad pi(y_t|x,y_<t) = k * grad 1 = 0
 # It is 0 for every past, so it is 0 in the mean over all pasts too. The reward r depends on all
 # tokens, and stays.
@@ -330,16 +331,17 @@ def update(policy, optimizer, scaler, max_grad_norm):
     """Clip the gradient and take one optimizer step. Returns the norm before clipping, a scalar.
 
     The loss is a sum over tokens, so most gradients are long. Clipping keeps their direction and
-    gives up their length, and with it strict unbiasedness. A gradient that is not finite is left
-    out. (In float16 the scaler would leave it out too.)
+    gives up their length, and with it strict unbiasedness. A gradient that is not finite changes
+    nothing.
     """
     average_gradients(policy)  # under torchrun: each process has had its share of the batch
+    # In float16 the loss was multiplied by the scale. In other dtypes the scaler does nothing.
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     if grad_norm.isfinite():
         scaler.step(optimizer)
     scaler.update()
-    policy.zero_grad()  # the next rollout needs their memory
+    policy.zero_grad()  # the next rollout needs the memory of the gradients
     return grad_norm
 
 
@@ -557,8 +559,8 @@ def short_message(error):
 def blame(*flags):
     """Turn an error inside a with block into BadInput, which names these flags.
 
-    For code that reads what a person gave by them: files, folders, names of the hub. There a
-    ValueError is enough, unless other flags are to blame. Elsewhere an error is a mistake in this
+    For code that reads what a person gave by them: files, folders, names of the hub. Such code
+    raises ValueError, or BadInput to name other flags. Elsewhere an error is a mistake in this
     file, and keeps its traceback.
     """
     try:
@@ -821,12 +823,12 @@ def check_end_of_turn(tokenizer, chat):
 
 
 def encode_texts(tokenizer, texts):
-    """The token ids of each text, without what a tokenizer puts behind it: the text goes on."""
+    """The token ids of each text. Some tokenizers add EOS, which is cut off: the text goes on."""
     batch = tokenizer(texts, return_special_tokens_mask=True)
     encoded = []
     for ids, is_special in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
         length = len(ids)
-        while length > 0 and is_special[length - 1]:  # some tokenizers put EOS there
+        while length > 0 and is_special[length - 1]:  # the tokenizer has added this token
             length -= 1
         encoded.append(ids[:length])
     return encoded
@@ -1004,7 +1006,7 @@ def collate(tokenizer, rows, device):
 
 @contextmanager
 def forbid_exit():
-    """Without this, a reward that calls sys.exit() would end the run with exit code 0."""
+    """Turn sys.exit() in a reward into an error: it would end the run with exit code 0."""
     try:
         yield
     except SystemExit as error:
@@ -1044,7 +1046,7 @@ def contents_of(chat):
 
 
 def give_padding_token(tokenizer):
-    """Name a padding token if there is none. Rather not EOS, with which a text may end."""
+    """Name a padding token if there is none. EOS is the last choice: a text may end with it."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -1256,10 +1258,11 @@ def turn_off_noise(config):
     With dropout two passes over one text disagree, and the KL is noise (trl#3500). eval() mode has
     none, but gradient checkpointing needs train() mode.
     """
-    for name, value in list(vars(config).items()):
+    for name, value in list(vars(config).items()):  # a list, as the loop changes the config
+        is_noise = "drop" in name or "jitter" in name
         if isinstance(value, PreTrainedConfig):
             turn_off_noise(value)
-        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+        elif is_noise and isinstance(value, float):
             setattr(config, name, 0.0)
 
 
@@ -1654,13 +1657,13 @@ def step_metrics(result, settings):
 
 
 def seed_of_step(seed, step):
-    """A number of 32 bits, another one for every seed and step."""
+    """A number of 32 bits, as numpy wants it: another one for every seed and step."""
     generator = random.Random(f"{seed}/{step}")  # a text may be a seed
     return generator.getrandbits(32)
 
 
 def set_eos(model, eos_id):
-    """Let the model's generate() stop at this token alone, unless it does stop there already."""
+    """If the model's generate() does not stop at this token yet, let it stop there alone."""
     stops = model.generation_config.eos_token_id
     if not isinstance(stops, list):  # a number, or None
         stops = [stops]
@@ -1683,38 +1686,23 @@ class Run:
         self.steps_before = 0  # taken before this process began: more than 0 with --resume
         self.steps_without_advantage = 0  # in a row, up to now
         self.skipped_steps = 0  # in a row, up to now
-        self.set_up_machine()
-        checkpoint = self.check_inputs()
-        self.load()
-        if checkpoint is not None:
-            with blame("output_dir", "model"):
-                self.restore(checkpoint)
-        with blame("output_dir"):
-            self.save_args()
-        self.announce()
 
-    def set_up_machine(self):
-        """The processes, the device, and what to compute in."""
+        # The machine.
         self.rank, self.process_count = 0, 1
         if dist.is_initialized():
             self.rank, self.process_count = dist.get_rank(), dist.get_world_size()
-        if self.args.batch_size % self.process_count != 0:
+        if args.batch_size % self.process_count != 0:
             reason = f"the batch does not divide among {self.process_count} processes"
             raise BadInput(reason, "batch_size")
         with blame("device"):
-            self.device = choose_device(self.args.device)
+            self.device = choose_device(args.device)
         if self.device.type == "cuda":
             set_up_cuda(self.device)
-        self.dtype = choose_dtype(self.args.precision, self.device)
+        self.dtype = choose_dtype(args.precision, self.device)
 
-    def check_inputs(self):
-        """What needs no model: files, flags, tokenizer and output folder.
-
-        Returns the checkpoint to go on from; None for a new run.
-        """
-        args = self.args
+        # What needs no model: files, flags, tokenizer and output folder. Files are compared as they
+        # are now: they may change during the run.
         with blame("model", "prompts", "reward"):
-            # Files are compared as they are now: they may change during the run.
             self.args_to_compare = args_as_texts(args, self.dtype)
         with blame("model"):
             check_policy(args)
@@ -1723,16 +1711,14 @@ class Run:
         self.settings = self.step_settings()
         self.folder = Path(args.output_dir).resolve()
         self.metrics_file = None
+        checkpoint = None
         with blame("output_dir"):
             if self.rank == 0:  # under torchrun the first process alone writes
                 self.metrics_file = open_metrics(args, self.folder)
             if args.resume:
-                return read_checkpoint(args, self.args_to_compare, self.folder)
-        return None
+                checkpoint = read_checkpoint(args, self.args_to_compare, self.folder)
 
-    def load(self):
-        """What takes time: prompts, reward and models."""
-        args = self.args
+        # What takes time: prompts, reward and models.
         with blame("prompts", "prompt_column"):
             self.training_rows, self.held_out_rows = load_prompts(args, self.tokenizer)
         self.reward_function = load_reward_function(args, self.dtype, self.device)
@@ -1748,7 +1734,14 @@ class Run:
             self.check_decoding()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
+        if checkpoint is not None:
+            with blame("output_dir", "model"):
+                self.restore(checkpoint)
+
         use_one_thread_if_small(self.policy)
+        with blame("output_dir"):
+            self.save_args()
+        self.announce()
 
     def check_token_ids(self):
         """Raise ValueError for a token that the policy has no embedding for."""
@@ -1954,11 +1947,6 @@ class Run:
         # The processes of torchrun take turns: one takes rows 0, 2, 4, the other rows 1, 3, 5.
         return batch[self.rank :: self.process_count]
 
-    def seed_noise(self, step_seed):
-        """Seed all that a step draws beside its prompts, another way in each process."""
-        transformers.set_seed(step_seed)  # a reward may use random or numpy
-        torch.manual_seed(step_seed + self.rank)
-
     def set_learning_rate(self, lr):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -1968,7 +1956,8 @@ class Run:
         # All noise of a step comes from --seed and the step. So a resumed run draws the same.
         step_seed = seed_of_step(self.args.seed, step)
         rows = self.draw_rows(step_seed)
-        self.seed_noise(step_seed)
+        # The processes draw other responses. A reward may draw too, by random, numpy or torch.
+        transformers.set_seed((step_seed + self.rank) % 2**32)
         prompt, attention_mask = collate(self.tokenizer, rows, self.device)  # (B,P)
         lr = self.learning_rate(step)
         self.set_learning_rate(lr)
@@ -2312,8 +2301,9 @@ def join_torchrun():
 
 
 def prepare_process():
+    """What has to be done once, before anything is loaded."""
     silence_libraries()
-    prepare_forks()  # before a reward file is imported
+    prepare_forks()  # a reward file may fork while it is imported
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know all letters of a sample
     if dist.is_torchelastic_launched():
