@@ -57,6 +57,334 @@ warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
 # Helpers
 # =================================================================================================
 
+
+def make(family, vocab_size=31, seed=0):
+    """A random model of a family (see "Model families"), small, loud enough that mistakes show."""
+    config_class, options = (FAMILIES | WITHOUT_CACHE | WRONG_CACHE)[family]
+    config = getattr(transformers, config_class)(**(NAMES | options | {"vocab_size": vocab_size}))
+    remax.turn_off_noise(config)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    # The states of these two hybrids hold exponentials, in which rounding grows with the weights.
+    scale = 0.1 if family in ("nemotron_h", "zamba2") else 0.3
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, scale)
+    return model.eval()
+
+
+def prompts(B=4, P=6, vocab_size=31, seed=1):
+    """Prompts (B,P) padded on the left by 0, 1, 2, ... columns; an EOS in one must stay visible."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, vocab_size, (B, P), generator=generator)
+    attention_mask = torch.ones_like(prompt)
+    for b in range(1, B):
+        attention_mask[b, : b % P] = 0
+    prompt = prompt.masked_fill(attention_mask == 0, PAD)
+    prompt[0, 2] = EOS
+    return prompt, attention_mask
+
+
+def flat_grad(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def error(a, b):
+    """The distance of a from b, relative to the size of b."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def mean_token(responses):
+    """A reward that needs no text."""
+    return responses.float().mean(1)
+
+
+def step(
+    policy, reference=None, reward=mean_token, B=4, lr=1.0, device="cpu", scaler=None, **kwargs
+):
+    """The metrics of a step of plain SGD: without clipping, old weights minus new ones is the
+    gradient."""
+    torch.manual_seed(5)
+    options = {
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "max_new_tokens": 7,
+        "greedy_baseline": True,
+        "kl_coef": 0.1 if reference is not None else 0.0,
+        "micro_batch_size": 2,
+        "max_grad_norm": 1e9,
+        "dtype": torch.float32,
+    }
+    optimizer = torch.optim.SGD(policy.parameters(), lr)
+    scaler = scaler or torch.amp.GradScaler(device, enabled=False)
+    prompt, attention_mask = prompts(B, vocab_size=policy.config.vocab_size)
+    prompt, attention_mask = prompt.to(device), attention_mask.to(device)
+    options |= kwargs
+    settings = remax.StepSettings(**options)
+    result = remax.remax_step(
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        scaler=scaler,
+        score=reward,
+        prompt=prompt,
+        attention_mask=attention_mask,
+        settings=settings,
+    )
+    return remax.step_metrics(result, settings)
+
+
+@contextlib.contextmanager
+def recorded_logits(model):
+    """The logits of each forward call, as the caller sees them."""
+    seen = []
+
+    def record(module, args, output):
+        seen.append(output.logits[:, -1].float())
+
+    hook = model.register_forward_hook(record)
+    yield seen
+    hook.remove()
+
+
+def checkpointing(model):
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_the_cpu():
+    """All tests run on the CPU, here and in the processes they start, but for those marked cuda."""
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_CUDA:
+            torch.cuda.init()
+            torch.cuda.device_count()  # remembered from now on: this process keeps its GPU
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """main() takes Ctrl-C and SIGTERM over; pytest wants them back."""
+    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+@pytest.fixture(autouse=True)
+def slow_only_on_request(request):
+    wanted = request.config.getoption("-m")
+    if request.node.get_closest_marker("slow") and "slow" not in wanted:
+        pytest.skip("slow: run with -m slow")
+
+
+# =================================================================================================
+# The estimator
+# =================================================================================================
+
+
+class Enumeration(NamedTuple):
+    """All N responses of up to 3 tokens that a policy of 5 tokens can give to one prompt."""
+
+    policy: torch.nn.Module
+    mask: torch.Tensor  # (N,3)
+    logprobs: torch.Tensor  # (N,3), with a gradient
+    ref_logprobs: torch.Tensor  # (N,3)
+    probability: torch.Tensor  # (N,): pi(y|x), with a gradient
+    reward: torch.Tensor  # (N,), drawn at random
+
+
+def all_responses():
+    """Every response of the tokens 0 to 4, padded to 3 tokens after its first EOS: (N,3)."""
+    responses = []
+    for tokens in product(range(5), repeat=3):
+        response = list(tokens)
+        if EOS in response:
+            length = response.index(EOS) + 1
+            response[length:] = [PAD] * (3 - length)
+        if response not in responses:
+            responses.append(response)
+    return torch.tensor(responses)
+
+
+@pytest.fixture(scope="module")
+def enumeration():
+    policy = make("gpt2", vocab_size=5, seed=3).double()
+    reference = make("gpt2", vocab_size=5, seed=4).double()
+    response = all_responses()  # (N,3)
+    N = len(response)
+    prompt = torch.tensor([[PAD, 3, 4]]).repeat(N, 1)  # (N,3)
+    attention_mask = torch.tensor([[0, 1, 1]]).repeat(N, 1)  # (N,3)
+    mask = remax.response_mask(response, EOS)  # (N,3)
+    logprobs = remax.token_logprobs(policy, prompt, attention_mask, response, mask)  # (N,3)
+    with torch.no_grad():
+        ref_logprobs = remax.token_logprobs(reference, prompt, attention_mask, response, mask)
+    probability = logprobs.sum(1).exp()  # (N,)
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    reward = torch.rand(N, generator=torch.Generator().manual_seed(0)).double()  # (N,)
+    return Enumeration(policy, mask, logprobs, ref_logprobs, probability, reward)
+
+
+def gradient(policy, loss):
+    """The gradient of a loss, as one vector."""
+    policy.zero_grad()
+    loss.backward(retain_graph=True)  # other losses use the same log-probs
+    return flat_grad(policy).clone()
+
+
+def expected_gradient(world, baseline, kl_coef, probability):
+    """sum_y p(y) * gradient of remax_loss(y): what many samples would give on average.
+
+    baseline: (N,). probability: (N,), of the sampler.
+    """
+    expected_loss = 0.0
+    for i in range(len(world.reward)):
+        row = slice(i, i + 1)
+        loss = remax.remax_loss(
+            world.logprobs[row],
+            world.ref_logprobs[row],
+            world.mask[row],
+            world.reward[row],
+            baseline[row],
+            kl_coef,
+        )
+        expected_loss += probability[i].detach() * loss
+    return gradient(world.policy, expected_loss)
+
+
+def exact_gradient(world, kl_coef):
+    """The gradient of -(E[r] - beta * KL), with both as sums over all responses."""
+    expected_reward = (world.probability * world.reward).sum()
+    log_ratio = (world.logprobs - world.ref_logprobs).sum(1)  # (N,)
+    kl = (world.probability * log_ratio).sum()
+    return gradient(world.policy, kl_coef * kl - expected_reward)
+
+
+def reward_of_the_greedy_response(world):
+    """The baseline of ReMax."""
+    policy, prompt = world.policy, torch.tensor([[3, 4]])
+    _, greedy_response, _ = remax.rollout(policy, prompt, torch.ones_like(prompt), 3, EOS, PAD)
+    padded = torch.nn.functional.pad(greedy_response, (0, 3 - greedy_response.size(1)), value=PAD)
+    (index,) = (all_responses() == padded).all(1).nonzero()
+    return world.reward[index].item()
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("baseline", ["greedy", 0.0, 0.7, -5.0])
+def test_estimator_is_unbiased_whatever_the_baseline(enumeration, baseline, kl_coef):
+    if baseline == "greedy":
+        baseline = reward_of_the_greedy_response(enumeration)
+    baselines = torch.full_like(enumeration.reward, baseline)
+    found = expected_gradient(enumeration, baselines, kl_coef, enumeration.probability)
+    assert error(found, exact_gradient(enumeration, kl_coef)) < 1e-4
+
+
+def test_a_baseline_that_depends_on_the_sample_is_biased(enumeration):
+    baselines = 0.5 * enumeration.reward
+    found = expected_gradient(enumeration, baselines, 0.0, enumeration.probability)
+    assert error(found, exact_gradient(enumeration, 0.0)) > 0.1
+
+
+def test_under_a_truncated_sampler_the_gradient_is_biased_and_the_baseline_moves_it(enumeration):
+    """As with top-k: only the ten likeliest responses are drawn."""
+    probability = enumeration.probability
+    tenth = probability.topk(10).values[-1]
+    kept = probability * (probability >= tenth)
+    kept = kept / kept.sum()
+    zeros, fives = torch.zeros_like(kept), torch.full_like(kept, 5.0)
+    without = expected_gradient(enumeration, zeros, 0.0, kept)
+    shifted = expected_gradient(enumeration, fives, 0.0, kept)
+    assert error(without, exact_gradient(enumeration, 0.0)) > 0.1
+    assert error(shifted, without) > 0.5
+
+
+def test_loss_and_gradient_by_hand():
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)  # the last one is padding
+    ref_logprobs = torch.tensor([[-1.5, -1.0, 50.0]])
+    mask = torch.tensor([[1, 1, 0]])
+    reward, baseline = torch.tensor([1.0]), torch.tensor([0.4])
+    loss = remax.remax_loss(logprobs, ref_logprobs, mask, reward, baseline, 0.1)
+    assert loss.item() == pytest.approx(2.05)
+    assert "= 2.05\n" in remax.remax_loss.__doc__
+    loss.backward()
+    assert logprobs.grad.tolist()[0] == pytest.approx([-0.65, -0.7, 0.0])
+
+
+def test_loss_with_baseline_zero_is_reinforce_summed_over_tokens_averaged_over_rows():
+    logprobs, zero = torch.randn(3, 4), torch.zeros(3)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    reward = torch.tensor([1.0, 2.0, 3.0])
+    lengths = 4, 1, 2
+    reinforce = -sum(reward[i] * logprobs[i, :n].sum() for i, n in enumerate(lengths)) / 3
+    loss = remax.remax_loss(logprobs, torch.zeros(3, 4), mask, reward, zero, 0.0)
+    assert loss.item() == pytest.approx(reinforce.item())
+
+
+def test_no_gradient_through_the_advantage():
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    ref_logprobs, reward = torch.randn(2, 3), torch.randn(2)
+    loss = remax.remax_loss(logprobs, ref_logprobs, torch.ones(2, 3), reward, torch.zeros(2), 0.5)
+    loss.backward()
+    kl = (logprobs - ref_logprobs).detach()
+    kl_to_go = torch.stack([kl[:, t:].sum(1) for t in range(3)], 1)
+    assert torch.allclose(logprobs.grad, -(reward[:, None] - 0.5 * kl_to_go) / 2, atol=1e-6)
+
+
+def test_kl_of_two_known_distributions_is_lowered_by_descent():
+    """Policy (0.9, 0.1), reference (0.5, 0.5): KL = 0.9 log 1.8 + 0.1 log 0.2 nats."""
+    p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
+    k1 = p.log() - q.log()
+    assert (p * k1).sum().item() == pytest.approx(0.3681, abs=1e-4)
+    logprobs = p.log()[:, None].requires_grad_()
+    zero = torch.zeros(2)
+    loss = remax.remax_loss(logprobs, q.log()[:, None], torch.ones(2, 1), zero, zero, 1.0)
+    loss.backward()
+    assert logprobs.grad[:, 0].tolist() == pytest.approx((k1 / 2).tolist())
+
+
+def gradient_and_kl(added, greedy_baseline):
+    """Of a step whose rewards have `added` (4,) on top: a number for each prompt."""
+
+    def reward(responses):  # the sampled ones, and the greedy ones to the same prompts
+        return mean_token(responses) + torch.tensor(added + added)
+
+    policy = make("gpt2")
+    before = weights(policy)
+    metrics = step(policy, make("gpt2", seed=1), reward, greedy_baseline=greedy_baseline)
+    return before - weights(policy), metrics["kl"]
+
+
+NOTHING = [0.0, 0.0, 0.0, 0.0]
+OFFSETS = [[5.0, 5.0, 5.0, 5.0], [-5.0, 0.0, 3.0, 5.0]]
+
+
+@pytest.mark.parametrize("added", OFFSETS)
+def test_a_constant_added_to_the_reward_of_each_prompt_changes_no_gradient(added):
+    plain_gradient, plain_kl = gradient_and_kl(NOTHING, greedy_baseline=True)
+    gradient, kl = gradient_and_kl(added, greedy_baseline=True)
+    assert error(gradient, plain_gradient) < 1e-4
+    assert kl == plain_kl
+
+
+@pytest.mark.parametrize("added", OFFSETS)
+def test_a_constant_added_to_the_reward_moves_the_gradient_of_reinforce(added):
+    plain_gradient, _ = gradient_and_kl(NOTHING, greedy_baseline=False)
+    gradient, _ = gradient_and_kl(added, greedy_baseline=False)
+    assert error(gradient, plain_gradient) > 0.1
+
+
+# =================================================================================================
+# Model families
+# =================================================================================================
+
+# What every config gets.
 NAMES = {"vocab_size": 31, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
 SIZES = {
     "hidden_size": 32,
@@ -317,441 +645,6 @@ WRONG_CACHE = {
 }
 
 
-def make(family, vocab_size=31, seed=0):
-    """A random model of a family, small, in float32, loud enough that mistakes show."""
-    config_class, options = (FAMILIES | WITHOUT_CACHE | WRONG_CACHE)[family]
-    config = getattr(transformers, config_class)(**(NAMES | options | {"vocab_size": vocab_size}))
-    remax.turn_off_noise(config)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    # The states of these two hybrids hold exponentials, in which rounding grows with the weights.
-    scale = 0.1 if family in ("nemotron_h", "zamba2") else 0.3
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, scale)
-    return model.eval()
-
-
-def prompts(B=4, P=6, vocab_size=31, seed=1):
-    """Prompts (B,P) padded on the left by 0, 1, 2, ... columns; an EOS in one must stay visible."""
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, vocab_size, (B, P), generator=generator)
-    attention_mask = torch.ones_like(prompt)
-    for b in range(1, B):
-        attention_mask[b, : b % P] = 0
-    prompt = prompt.masked_fill(attention_mask == 0, PAD)
-    prompt[0, 2] = EOS
-    return prompt, attention_mask
-
-
-def flat_grad(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def error(a, b):
-    """The distance of a from b, relative to the size of b."""
-    return ((a - b).norm() / b.norm()).item()
-
-
-def mean_token(responses):
-    """A reward that needs no text."""
-    return responses.float().mean(1)
-
-
-def step(
-    policy, reference=None, reward=mean_token, B=4, lr=1.0, device="cpu", scaler=None, **kwargs
-):
-    """The metrics of a step of plain SGD: without clipping, old weights minus new ones is the
-    gradient."""
-    torch.manual_seed(5)
-    options = {
-        "eos_id": EOS,
-        "pad_id": PAD,
-        "max_new_tokens": 7,
-        "greedy_baseline": True,
-        "kl_coef": 0.1 if reference is not None else 0.0,
-        "micro_batch_size": 2,
-        "max_grad_norm": 1e9,
-        "dtype": torch.float32,
-    }
-    optimizer = torch.optim.SGD(policy.parameters(), lr)
-    scaler = scaler or torch.amp.GradScaler(device, enabled=False)
-    prompt, attention_mask = prompts(B, vocab_size=policy.config.vocab_size)
-    prompt, attention_mask = prompt.to(device), attention_mask.to(device)
-    options |= kwargs
-    settings = remax.StepSettings(**options)
-    result = remax.remax_step(
-        policy=policy,
-        reference=reference,
-        optimizer=optimizer,
-        scaler=scaler,
-        score=reward,
-        prompt=prompt,
-        attention_mask=attention_mask,
-        settings=settings,
-    )
-    return remax.step_metrics(result, settings)
-
-
-@contextlib.contextmanager
-def recorded_logits(model):
-    """The logits of each forward call, as the caller sees them."""
-    seen = []
-
-    def record(module, args, output):
-        seen.append(output.logits[:, -1].float())
-
-    hook = model.register_forward_hook(record)
-    yield seen
-    hook.remove()
-
-
-def checkpointing(model):
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def start_shell(*args, **env):
-    """remax.py as a person runs it: the process."""
-    return subprocess.Popen(
-        [sys.executable, remax.__file__, *map(str, args)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | env,
-    )
-
-
-def finished(process):
-    """The process, ended, with what it said."""
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-# To import everything takes a process some seconds. Those of the tests are forked from one that
-# has done it.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    [
-        __name__,
-        "transformers.models.gpt2.modeling_gpt2",
-        "transformers.models.distilbert.modeling_distilbert",
-    ]
-)
-
-
-def main_in_a_child(flags, files, folder, encoding, file_limit):
-    for kind in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(kind, signal.SIG_DFL)  # even if the tests were started under nohup
-    for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
-    sys.stderr = os.fdopen(2, "w", closefd=False)
-    os.chdir(folder)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    remax.main(flags)
-
-
-def join(process):
-    """Wait for a process. One that hangs is killed: Python would wait for it when pytest ends."""
-    process.join(timeout=60)
-    hangs = process.is_alive()
-    process.kill()
-    assert not hangs, "it hangs"
-
-
-class Child:
-    """A run of remax.py in a process of its own."""
-
-    def __init__(self, *flags, folder=ROOT, encoding="utf-8", file_limit=None):
-        self.folder = tempfile.TemporaryDirectory()
-        self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
-        args = [*map(str, flags)], self.files, folder, encoding, file_limit
-        self.process = FORKSERVER.Process(target=main_in_a_child, args=args)
-        self.process.start()
-
-    def is_alive(self):
-        return self.process.is_alive()
-
-    def send(self, kind):
-        os.kill(self.process.pid, kind)
-
-    def wait(self):
-        """Itself, ended: its exit code and what it said."""
-        join(self.process)
-        self.returncode = self.process.exitcode
-        self.stdout, self.stderr = (file.read_text() for file in self.files)
-        return self
-
-
-def run_in_a_child(target, *args):
-    process = FORKSERVER.Process(target=target, args=args)
-    process.start()
-    join(process)
-    assert process.exitcode == 0
-
-
-def answer(capsys, *args):
-    """What remax.py says last on standard error, and its exit code; in this process, for speed."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        remax.main([*map(str, args)])
-    said = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
-    code = stop.value.code
-    del stop  # and with its traceback the run, which holds the lock of its folder
-    gc.collect()
-    if isinstance(code, str):  # the interpreter prints it and exits with 1
-        return 1, said + code.split("\n")
-    return code, said
-
-
-def read_metrics(folder):
-    return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
-
-
-def without_seconds(rows):
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
-
-
-def same_run(a, b):
-    """Two runs' metrics but for seconds, and their weights, are equal to the bit."""
-    assert without_seconds(read_metrics(a)) == without_seconds(read_metrics(b))
-    name = "model/model.safetensors"
-    assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes()
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Flags of a run of little work a step: short responses to few prompts."""
-    path = tmp_path_factory.mktemp("small") / "prompts.jsonl"
-    lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
-    path.write_text("\n".join(lines))
-    flags = ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12]
-    return [*flags, "--eval-every", 4, "--save-every", 2]
-
-
-def go(flags, folder, *more):
-    remax.main([*map(str, flags), "--output-dir", str(folder), *map(str, more)])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def on_the_cpu():
-    """All tests run on the CPU, here and in the processes they start, but for those marked cuda."""
-    with pytest.MonkeyPatch.context() as patch:
-        if HAS_CUDA:
-            torch.cuda.init()
-            torch.cuda.device_count()  # remembered from now on: this process keeps its GPU
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        yield
-
-
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    """main() takes Ctrl-C and SIGTERM over; pytest wants them back."""
-    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    yield
-    for kind, handler in before.items():
-        signal.signal(kind, handler)
-
-
-@pytest.fixture(autouse=True)
-def slow_only_on_request(request):
-    wanted = request.config.getoption("-m")
-    if request.node.get_closest_marker("slow") and "slow" not in wanted:
-        pytest.skip("slow: run with -m slow")
-
-
-# =================================================================================================
-# The estimator
-# =================================================================================================
-
-
-class Enumeration(NamedTuple):
-    """All N responses of up to 3 tokens that a policy of 5 tokens can give to one prompt."""
-
-    policy: torch.nn.Module
-    mask: torch.Tensor  # (N,3)
-    logprobs: torch.Tensor  # (N,3), with a gradient
-    ref_logprobs: torch.Tensor  # (N,3)
-    probability: torch.Tensor  # (N,): pi(y|x), with a gradient
-    reward: torch.Tensor  # (N,), drawn at random
-
-
-def all_responses():
-    """Every response of the tokens 0 to 4, padded to 3 tokens after its first EOS: (N,3)."""
-    responses = []
-    for tokens in product(range(5), repeat=3):
-        response = list(tokens)
-        if EOS in response:
-            length = response.index(EOS) + 1
-            response[length:] = [PAD] * (3 - length)
-        if response not in responses:
-            responses.append(response)
-    return torch.tensor(responses)
-
-
-@pytest.fixture(scope="module")
-def enumeration():
-    policy = make("gpt2", vocab_size=5, seed=3).double()
-    reference = make("gpt2", vocab_size=5, seed=4).double()
-    response = all_responses()  # (N,3)
-    N = len(response)
-    prompt = torch.tensor([[PAD, 3, 4]]).repeat(N, 1)  # (N,3)
-    attention_mask = torch.tensor([[0, 1, 1]]).repeat(N, 1)  # (N,3)
-    mask = remax.response_mask(response, EOS)  # (N,3)
-    logprobs = remax.token_logprobs(policy, prompt, attention_mask, response, mask)  # (N,3)
-    with torch.no_grad():
-        ref_logprobs = remax.token_logprobs(reference, prompt, attention_mask, response, mask)
-    probability = logprobs.sum(1).exp()  # (N,)
-    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
-    reward = torch.rand(N, generator=torch.Generator().manual_seed(0)).double()  # (N,)
-    return Enumeration(policy, mask, logprobs, ref_logprobs, probability, reward)
-
-
-def gradient(policy, loss):
-    """The gradient of a loss, as one vector."""
-    policy.zero_grad()
-    loss.backward(retain_graph=True)  # other losses use the same log-probs
-    return flat_grad(policy).clone()
-
-
-def expected_gradient(world, baseline, kl_coef, probability):
-    """sum_y p(y) * gradient of remax_loss(y): what many samples would give on average.
-
-    baseline: (N,). probability: (N,), of the sampler.
-    """
-    expected_loss = 0.0
-    for i in range(len(world.reward)):
-        row = slice(i, i + 1)
-        loss = remax.remax_loss(
-            world.logprobs[row],
-            world.ref_logprobs[row],
-            world.mask[row],
-            world.reward[row],
-            baseline[row],
-            kl_coef,
-        )
-        expected_loss += probability[i].detach() * loss
-    return gradient(world.policy, expected_loss)
-
-
-def exact_gradient(world, kl_coef):
-    """The gradient of -(E[r] - beta * KL), with both as sums over all responses."""
-    expected_reward = (world.probability * world.reward).sum()
-    log_ratio = (world.logprobs - world.ref_logprobs).sum(1)  # (N,)
-    kl = (world.probability * log_ratio).sum()
-    return gradient(world.policy, kl_coef * kl - expected_reward)
-
-
-def reward_of_the_greedy_response(world):
-    """The baseline of ReMax."""
-    policy, prompt = world.policy, torch.tensor([[3, 4]])
-    _, greedy_response, _ = remax.rollout(policy, prompt, torch.ones_like(prompt), 3, EOS, PAD)
-    padded = torch.nn.functional.pad(greedy_response, (0, 3 - greedy_response.size(1)), value=PAD)
-    (index,) = (all_responses() == padded).all(1).nonzero()
-    return world.reward[index].item()
-
-
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("baseline", ["greedy", 0.0, 0.7, -5.0])
-def test_estimator_is_unbiased_whatever_the_baseline(enumeration, baseline, kl_coef):
-    if baseline == "greedy":
-        baseline = reward_of_the_greedy_response(enumeration)
-    baselines = torch.full_like(enumeration.reward, baseline)
-    found = expected_gradient(enumeration, baselines, kl_coef, enumeration.probability)
-    assert error(found, exact_gradient(enumeration, kl_coef)) < 1e-4
-
-
-def test_a_baseline_that_depends_on_the_sample_is_biased(enumeration):
-    baselines = 0.5 * enumeration.reward
-    found = expected_gradient(enumeration, baselines, 0.0, enumeration.probability)
-    assert error(found, exact_gradient(enumeration, 0.0)) > 0.1
-
-
-def test_under_a_truncated_sampler_the_gradient_is_biased_and_the_baseline_moves_it(enumeration):
-    """As with top-k: only the ten likeliest responses are drawn."""
-    probability = enumeration.probability
-    tenth = probability.topk(10).values[-1]
-    kept = probability * (probability >= tenth)
-    kept = kept / kept.sum()
-    zeros, fives = torch.zeros_like(kept), torch.full_like(kept, 5.0)
-    without = expected_gradient(enumeration, zeros, 0.0, kept)
-    shifted = expected_gradient(enumeration, fives, 0.0, kept)
-    assert error(without, exact_gradient(enumeration, 0.0)) > 0.1
-    assert error(shifted, without) > 0.5
-
-
-def test_loss_and_gradient_by_hand():
-    logprobs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)  # the last one is padding
-    ref_logprobs = torch.tensor([[-1.5, -1.0, 50.0]])
-    mask = torch.tensor([[1, 1, 0]])
-    reward, baseline = torch.tensor([1.0]), torch.tensor([0.4])
-    loss = remax.remax_loss(logprobs, ref_logprobs, mask, reward, baseline, 0.1)
-    assert loss.item() == pytest.approx(2.05)
-    assert "= 2.05\n" in remax.remax_loss.__doc__
-    loss.backward()
-    assert logprobs.grad.tolist()[0] == pytest.approx([-0.65, -0.7, 0.0])
-
-
-def test_loss_with_baseline_zero_is_reinforce_summed_over_tokens_averaged_over_rows():
-    logprobs, zero = torch.randn(3, 4), torch.zeros(3)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
-    reward = torch.tensor([1.0, 2.0, 3.0])
-    lengths = 4, 1, 2
-    reinforce = -sum(reward[i] * logprobs[i, :n].sum() for i, n in enumerate(lengths)) / 3
-    loss = remax.remax_loss(logprobs, torch.zeros(3, 4), mask, reward, zero, 0.0)
-    assert loss.item() == pytest.approx(reinforce.item())
-
-
-def test_no_gradient_through_the_advantage():
-    logprobs = torch.randn(2, 3, requires_grad=True)
-    ref_logprobs, reward = torch.randn(2, 3), torch.randn(2)
-    loss = remax.remax_loss(logprobs, ref_logprobs, torch.ones(2, 3), reward, torch.zeros(2), 0.5)
-    loss.backward()
-    kl = (logprobs - ref_logprobs).detach()
-    kl_to_go = torch.stack([kl[:, t:].sum(1) for t in range(3)], 1)
-    assert torch.allclose(logprobs.grad, -(reward[:, None] - 0.5 * kl_to_go) / 2, atol=1e-6)
-
-
-def test_kl_of_two_known_distributions_is_lowered_by_descent():
-    """Policy (0.9, 0.1), reference (0.5, 0.5): KL = 0.9 log 1.8 + 0.1 log 0.2 nats."""
-    p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
-    k1 = p.log() - q.log()
-    assert (p * k1).sum().item() == pytest.approx(0.3681, abs=1e-4)
-    logprobs = p.log()[:, None].requires_grad_()
-    zero = torch.zeros(2)
-    loss = remax.remax_loss(logprobs, q.log()[:, None], torch.ones(2, 1), zero, zero, 1.0)
-    loss.backward()
-    assert logprobs.grad[:, 0].tolist() == pytest.approx((k1 / 2).tolist())
-
-
-@pytest.mark.parametrize("added", [[5.0, 5.0, 5.0, 5.0], [-5.0, 0.0, 3.0, 5.0]])
-def test_a_constant_added_to_the_reward_of_each_prompt_changes_no_gradient(added):
-    """b holds it too; REINFORCE, without b, is moved by it."""
-    added = torch.tensor(added * 2)  # for the sampled and for the greedy responses
-    gradients = {}
-    for greedy, number in product((True, False), (torch.zeros(8), added)):
-        policy = make("gpt2")
-        before = weights(policy)
-
-        def reward(responses, number=number):
-            return mean_token(responses) + number
-
-        metrics = step(policy, make("gpt2", seed=1), reward, greedy_baseline=greedy)
-        gradients[greedy, number is added] = before - weights(policy), metrics["kl"]
-    assert error(gradients[True, True][0], gradients[True, False][0]) < 1e-4
-    assert gradients[True, True][1] == gradients[True, False][1]
-    assert error(gradients[False, True][0], gradients[False, False][0]) > 0.1
-
-
 # =================================================================================================
 # Masks, positions, log-probs
 # =================================================================================================
@@ -811,7 +704,7 @@ def test_rollout_is_the_policy(family):
     mask = remax.response_mask(response, EOS)
     expected = remax.token_logprobs(model, prompt, attention_mask, response, mask)
     assert mask.sum() > 12
-    assert torch.allclose(logprobs * mask, expected, atol=2e-4)
+    assert torch.allclose(logprobs, expected, atol=2e-4)  # 0 after EOS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -839,7 +732,7 @@ def test_rollout_without_left_padding():
     response, _, logprobs = remax.rollout(model, prompt, attention_mask, 9, EOS, PAD)
     mask = remax.response_mask(response, EOS)
     expected = remax.token_logprobs(model, prompt, attention_mask, response, mask)
-    assert torch.allclose(logprobs * mask, expected, atol=2e-4)
+    assert torch.allclose(logprobs, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", WITHOUT_CACHE)
@@ -952,9 +845,22 @@ def test_micro_batch_size_does_not_change_the_gradient(size):
     assert error(*gradients) < 1e-5
 
 
+class StepByHand(NamedTuple):
+    """A step put together from the public functions."""
+
+    response: torch.Tensor  # (B,T)
+    mask: torch.Tensor  # (B,T)
+    logprobs: torch.Tensor  # (B,T)
+    ref_logprobs: torch.Tensor  # (B,T)
+    reward: torch.Tensor  # (B,)
+    baseline: torch.Tensor  # (B,)
+    loss: torch.Tensor  # a scalar
+    gradient: torch.Tensor  # of all weights, as one vector
+
+
 @pytest.fixture(scope="module")
 def step_by_hand():
-    """The tensors of step(policy, reference), put together from the public functions."""
+    """What step(policy, reference, B=8) should do."""
     policy, reference = make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1)
     prompt, attention_mask = prompts(8, vocab_size=7)
     torch.manual_seed(5)
@@ -967,30 +873,38 @@ def step_by_hand():
     reward, baseline = mean_token(response), mean_token(greedy)
     loss = remax.remax_loss(logprobs, ref_logprobs, mask, reward, baseline, 0.1)
     loss.backward()
-    return locals()
+    return StepByHand(
+        response,
+        mask,
+        logprobs.detach(),
+        ref_logprobs,
+        reward,
+        baseline,
+        loss.detach(),
+        flat_grad(policy),
+    )
 
 
 def test_the_update_is_the_gradient_of_remax_loss_on_the_whole_batch(step_by_hand):
     policy = make("gpt2", vocab_size=7)
     before = weights(policy)
     step(policy, make("gpt2", vocab_size=7, seed=1), B=8)
-    assert error(before - weights(policy), flat_grad(step_by_hand["policy"])) < 1e-4
+    assert error(before - weights(policy), step_by_hand.gradient) < 1e-4
 
 
 def test_the_figures_are_what_they_say(step_by_hand):
     hand = step_by_hand
     metrics = step(make("gpt2", vocab_size=7), make("gpt2", vocab_size=7, seed=1), B=8)
-    mask, logprobs = hand["mask"], hand["logprobs"].detach()
     expected = {
-        "reward": hand["reward"].mean(),
-        "greedy_reward": hand["baseline"].mean(),
-        "advantage": (hand["reward"] - hand["baseline"]).mean(),
-        "kl": (logprobs - hand["ref_logprobs"]).sum(1).mean(),
-        "entropy": -logprobs.sum() / mask.sum(),
-        "tokens": mask.sum() / len(mask),
-        "eos": (hand["response"] == EOS).any(1).float().mean(),
-        "loss": hand["loss"],
-        "grad_norm": flat_grad(hand["policy"]).norm(),
+        "reward": hand.reward.mean(),
+        "greedy_reward": hand.baseline.mean(),
+        "advantage": (hand.reward - hand.baseline).mean(),
+        "kl": (hand.logprobs - hand.ref_logprobs).sum(1).mean(),
+        "entropy": -hand.logprobs.sum() / hand.mask.sum(),
+        "tokens": hand.mask.sum() / len(hand.mask),
+        "eos": (hand.response == EOS).any(1).float().mean(),
+        "loss": hand.loss,
+        "grad_norm": hand.gradient.norm(),
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
@@ -1300,6 +1214,136 @@ def test_cuda_resumes_and_runs_under_torchrun(tmp_path):
     assert subprocess.run(command, timeout=120).returncode == 0
     remax.main([*flags, "--steps", "3", "--resume"])
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "reward" in row] == [1, 2, 3]
+
+
+# =================================================================================================
+# Helpers for whole runs
+# =================================================================================================
+
+
+def start_shell(*args, **env):
+    """remax.py as a person runs it: the process."""
+    return subprocess.Popen(
+        [sys.executable, remax.__file__, *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | env,
+    )
+
+
+def finished(process):
+    """The process, ended, with what it said."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# To import everything takes a process some seconds. Those of the tests are forked from one that
+# has done it.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    [
+        __name__,
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.distilbert.modeling_distilbert",
+    ]
+)
+
+
+def main_in_a_child(flags, files, folder, encoding, file_limit):
+    for kind in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(kind, signal.SIG_DFL)  # even if the tests were started under nohup
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    os.chdir(folder)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    remax.main(flags)
+
+
+def join(process):
+    """Wait for a process. One that hangs is killed: Python would wait for it when pytest ends."""
+    process.join(timeout=60)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs, "it hangs"
+
+
+class Child:
+    """A run of remax.py in a process of its own."""
+
+    def __init__(self, *flags, folder=ROOT, encoding="utf-8", file_limit=None):
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        args = [*map(str, flags)], self.files, folder, encoding, file_limit
+        self.process = FORKSERVER.Process(target=main_in_a_child, args=args)
+        self.process.start()
+
+    def is_alive(self):
+        return self.process.is_alive()
+
+    def send(self, kind):
+        os.kill(self.process.pid, kind)
+
+    def wait(self):
+        """Itself, ended: its exit code and what it said."""
+        join(self.process)
+        self.returncode = self.process.exitcode
+        self.stdout, self.stderr = (file.read_text() for file in self.files)
+        return self
+
+
+def run_in_a_child(target, *args):
+    process = FORKSERVER.Process(target=target, args=args)
+    process.start()
+    join(process)
+    assert process.exitcode == 0
+
+
+def answer(capsys, *args):
+    """What remax.py says last on standard error, and its exit code; in this process, for speed."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        remax.main([*map(str, args)])
+    said = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
+    code = stop.value.code
+    del stop  # and with its traceback the run, which holds the lock of its folder
+    gc.collect()
+    if isinstance(code, str):  # the interpreter prints it and exits with 1
+        return 1, said + code.split("\n")
+    return code, said
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def same_run(a, b):
+    """Two runs' metrics but for seconds, and their weights, are equal to the bit."""
+    assert without_seconds(read_metrics(a)) == without_seconds(read_metrics(b))
+    name = "model/model.safetensors"
+    assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of a run of little work a step: short responses to few prompts."""
+    path = tmp_path_factory.mktemp("small") / "prompts.jsonl"
+    lines = (TINY / "prompts.jsonl").read_text().splitlines()[:30]
+    path.write_text("\n".join(lines))
+    flags = ["--prompts", path, "--batch-size", 8, "--max-new-tokens", 12]
+    return [*flags, "--eval-every", 4, "--save-every", 2]
+
+
+def go(flags, folder, *more):
+    remax.main([*map(str, flags), "--output-dir", str(folder), *map(str, more)])
 
 
 # =================================================================================================
@@ -3641,75 +3685,124 @@ def test_the_tables_of_the_readme_are_the_logs():
         assert row in made or row.startswith(("| before", "| on an")), row
 
 
-def ends_of(values):
-    return min(values), max(values)
+def assert_quoted(*sentences):
+    for sentence in sentences:
+        assert sentence in TEXT, sentence
 
 
-def test_the_other_figures_of_the_readme_are_the_logs():
-    smollm2 = arm_logs("smollm2", "remax")
-    before, after = smollm2[0][0], smollm2[0][-1]
-    (chat,), (strict,) = arm_logs("chat", "remax"), arm_logs("smollm2_kl", "remax")
-    first, last = ([row for row in chat if "eval_reward" in row][i] for i in (0, -1))
-    race = read_results("tiny_vs_rloo.jsonl")[-1]
-    two = read_results("two_processes.jsonl")[-1]["seconds"]
-    share = two["two processes of one thread"] / two["one process of two threads"]
-    measured, computed = (
-        {(row["model"], row["flags"]): row["peak_gb"] for row in read_results(name)}
-        for name in ("memory_gpu.jsonl", "memory.jsonl")
+def evaluations_of(log):
+    return [row for row in log if "eval_reward" in row]
+
+
+def test_the_runs_of_the_real_model_are_quoted_right():
+    logs = arm_logs("smollm2_gpu", "remax") + arm_logs("smollm2_gpu", "reinforce")
+    before = logs[0][0]
+    differences, norms = [], []
+    for log in logs:
+        steps = [row for row in log if "reward" in row]
+        differences += [row["sampling_logp_difference"] for row in steps]
+        norms += [row["grad_norm"] for row in steps]
+    assert_quoted(
+        f"| before | {before['eval_reward']:.2f} | {before['eval_greedy_reward']:.2f} | 0 | |",
+        f"below {math.ceil(max(differences) * 100) / 100} nats",
     )
-    lower = max(1 - gb / measured[key] for key, gb in computed.items())
-    on_gpu = arm_logs("smollm2_gpu", "remax") + arm_logs("smollm2_gpu", "reinforce")
-    difference = max(row.get("sampling_logp_difference", 0) for log in on_gpu for row in log)
-    every_gradient_was_clipped = all(row.get("grad_norm", 2) > 1 for log in on_gpu for row in log)
-    fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
-    before_that, seconds = (row["seconds"] for row in read_results("gpu.jsonl"))
-    on_cpu = [1 / row["ratio"]["ReMax/RLOO"] for row in read_results("cpu.jsonl")]
-    longer = [*on_cpu, seconds["RLOO"] / seconds["ReMax"]]
-    longer += [median_seconds("rloo") / median_seconds("remax")]
-    start_on_gpu = on_gpu[0][0]
-    others = arm_logs("smollm2", "batch")
-    other_reward, other_kl = spread(others, "eval_reward"), spread(others, "eval_kl")[0]
-    its_reward, its_kl = spread(smollm2, "eval_reward"), spread(smollm2, "eval_kl")[0]
-    gpu_steps = read_results("gpu_step.jsonl")
-    decoding = [row["seconds"] for row in gpu_steps if "seconds" in row]
-    small_parts, large_parts = (row for row in gpu_steps if "update_seconds" in row)
-    profile = gpu_steps[-1]
-    for sentence in (
+    assert min(norms) > 1  # "every gradient was shortened"
+
+
+def test_the_smaller_runs_of_the_real_model_are_quoted_right():
+    logs, other_logs = arm_logs("smollm2", "remax"), arm_logs("smollm2", "batch")
+    before = logs[0][0]
+    reward, kl = spread(logs, "eval_reward"), spread(logs, "eval_kl")[0]
+    other_reward, other_kl = spread(other_logs, "eval_reward"), spread(other_logs, "eval_kl")[0]
+    after, strict = logs[0][-1], arm_logs("smollm2_kl", "remax")[0][-1]
+    assert_quoted(
         f"| before | {before['eval_reward']:.2f} | {before['eval_greedy_reward']:.2f} | 0 |",
-        "| before | {eval_reward:.2f} | {eval_greedy_reward:.2f} | 0 | |".format(**start_on_gpu),
-        f"the KL ends at {strict[-1]['eval_kl']:.1f} in place of {after['eval_kl']:.1f}, and the "
-        f"reward at {strict[-1]['eval_reward']:.2f} in place of {after['eval_reward']:.2f}",
+        f"({in_table(other_reward)}, ReMax {in_table(reward)})",
+        f"({other_kl:.1f}, ReMax {kl:.1f})",
+        f"the KL ends at {strict['eval_kl']:.1f} in place of {after['eval_kl']:.1f}",
+        f"the reward at {strict['eval_reward']:.2f} in place of {after['eval_reward']:.2f}",
+    )
+
+
+def test_the_chat_task_is_quoted_right():
+    evaluations = evaluations_of(arm_logs("chat", "remax")[0])
+    first, last = evaluations[0], evaluations[-1]
+    assert_quoted(
         f"went from {first['eval_greedy_reward']:.0%} to {last['eval_greedy_reward']:.0%} right",
         f"went from {first['eval_reward']:.1%} to {last['eval_reward']:.1%}",
-        f"in {race['ReMax']['median']:.1f} seconds of training, RLOO in "
-        f"{race['RLOO']['median']:.1f}",
-        "from {:.1f} to {:.1f} seconds for ReMax".format(*ends_of(race["ReMax"]["seconds"])),
-        "from {:.1f} to {:.1f} for RLOO".format(*ends_of(race["RLOO"]["seconds"])),
-        f"took {share:.2f} times the seconds of one process with two threads",
-        f"It took {statistics.median(fast):.0f} seconds on one idle machine",
-        f"and {statistics.median(slow):.0f} on a slower one",
-        f"It needs {measured['gpt2-large', 'default']:.1f} GB of GPU memory",
-        f"figures are up to {lower:.0%} lower",
-        f"below {math.ceil(difference * 100) / 100} nats",
-        f"({in_table(other_reward)}, ReMax {in_table(its_reward)})",
-        f"({other_kl:.1f}, ReMax {its_kl:.1f})",
-        "| on an H200 | {ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |".format(**before_that),
-        "| on another H200 | {ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |".format(**seconds),
-        f"A step of ReMax took {median_seconds('remax'):.1f} seconds, and one of RLOO "
-        f"{median_seconds('rloo'):.1f}",
-        f"{min(longer):.1f} to {max(longer):.1f} times as long, depending on",
+    )
+
+
+def test_the_race_beside_trl_is_quoted_right():
+    race = read_results("tiny_vs_rloo.jsonl")[-1]
+    remax_seconds, rloo_seconds = race["ReMax"]["seconds"], race["RLOO"]["seconds"]
+    assert_quoted(
+        f"in {race['ReMax']['median']:.1f} seconds of training",
+        f"RLOO in {race['RLOO']['median']:.1f}",
+        f"from {min(remax_seconds):.1f} to {max(remax_seconds):.1f} seconds for ReMax",
+        f"from {min(rloo_seconds):.1f} to {max(rloo_seconds):.1f} for RLOO",
+        f"A step of ReMax took {median_seconds('remax'):.1f} seconds",
+        f"one of RLOO {median_seconds('rloo'):.1f}",
+    )
+
+
+def test_the_seconds_of_a_step_on_a_gpu_are_quoted_right():
+    first, second = (row["seconds"] for row in read_results("gpu.jsonl"))
+    ratios = [second["RLOO"] / second["ReMax"], median_seconds("rloo") / median_seconds("remax")]
+    ratios += [1 / row["ratio"]["ReMax/RLOO"] for row in read_results("cpu.jsonl")]
+    row = "{ReMax:.1f} | {RLOO:.1f} | {GRPO:.1f} |"
+    assert_quoted(
+        f"| on an H200 | {row.format(**first)}",
+        f"| on another H200 | {row.format(**second)}",
+        f"{min(ratios):.1f} to {max(ratios):.1f} times as long, depending on",
+    )
+
+
+def test_where_the_seconds_go_on_a_gpu_is_quoted_right():
+    measured = read_results("gpu_step.jsonl")
+    profile = measured[-1]
+    decoding = [row["seconds"] for row in measured if "seconds" in row]
+    small_parts, large_parts = (row for row in measured if "update_seconds" in row)
+    more_memory = large_parts["peak_gb"] / small_parts["peak_gb"] - 1
+    assert_quoted(
         f"kernels took {profile['kernel_seconds']:.2f} of {profile['wall_seconds']:.2f} seconds",
-        f"`rollout` took {decoding[0]:.1f} seconds, with a static cache {decoding[2]:.1f}, and "
+        f"`rollout` took {decoding[0]:.1f} seconds, with a static cache {decoding[2]:.1f}",
         f"with each token captured as a CUDA graph {decoding[3]:.1f}",
         f"the update took {large_parts['update_seconds']:.1f} seconds in place of "
-        f"{small_parts['update_seconds']:.1f}, and the step's peak of memory rose by "
-        f"{large_parts['peak_gb'] / small_parts['peak_gb'] - 1:.0%}",
+        f"{small_parts['update_seconds']:.1f}",
+        f"the step's peak of memory rose by {more_memory:.0%}",
+    )
+
+
+def test_the_seconds_on_a_cpu_are_quoted_right():
+    fast, slow = (row["whole_seconds"] for row in read_results("whole_run.jsonl"))
+    seconds = read_results("two_processes.jsonl")[-1]["seconds"]
+    share = seconds["two processes of one thread"] / seconds["one process of two threads"]
+    assert_quoted(
+        f"It took {statistics.median(fast):.0f} seconds on one idle machine",
+        f"and {statistics.median(slow):.0f} on a slower one",
+        f"took {share:.2f} times the seconds of one process with two threads",
+    )
+
+
+def test_measured_and_computed_memory_are_quoted_right():
+    measured, computed = {}, {}
+    for name, peaks in ("memory_gpu.jsonl", measured), ("memory.jsonl", computed):
+        for row in read_results(name):
+            peaks[row["model"], row["flags"]] = row["peak_gb"]
+    lower = max(1 - gb / measured[key] for key, gb in computed.items())
+    assert_quoted(
+        f"It needs {measured['gpt2-large', 'default']:.1f} GB of GPU memory",
+        f"figures are up to {lower:.0%} lower",
+    )
+
+
+def test_the_numbers_of_the_tests_are_quoted_right():
+    assert_quoted(
         f"in {len(FAMILIES)} model families",
         f"tries {len(MISTAKES)} mistakes",
         f"in {len(SABOTAGE)} ways",
-    ):
-        assert sentence in TEXT, sentence
-    assert every_gradient_was_clipped
+    )
 
 
 def test_the_memory_and_disk_of_the_readme_are_the_logs_and_12_bytes_a_parameter():
