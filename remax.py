@@ -1126,10 +1126,9 @@ def decode_response(tokenizer, row, ids):
     with Llama's tokenizer.
     """
     both = decode(tokenizer, row.prompt_ids + ids)
-    if both.startswith(row.prompt_text):
-        return both.removeprefix(row.prompt_text)
-    # A prompt that ends within a letter, as half an emoji, may read otherwise before a response.
-    return decode(tokenizer, ids)
+    if not both.startswith(row.prompt_text):  # rare: a prompt that ends with half of an emoji
+        return decode(tokenizer, ids)
+    return both.removeprefix(row.prompt_text)
 
 
 def decode_responses(tokenizer, rows, responses):
@@ -1178,10 +1177,7 @@ def score_responses(args, reward_function, tokenizer, rows, responses):
         values = reward_function(**arguments)
     rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
-    rewards = rewards - args.missing_eos_penalty * has_no_eos
-    if not rewards.isfinite().all():
-        raise BadInput("a reward less the penalty is beyond float32", "missing_eos_penalty")
-    return rewards
+    return rewards - args.missing_eos_penalty * has_no_eos
 
 
 # =================================================================================================
@@ -1430,7 +1426,7 @@ def drop_later_rows(metrics_file, size_then):
 
 
 def refuse_old_run(args, folder):
-    """Raise ValueError if the folder of a new run holds another run."""
+    """Raise ValueError if the folder of a new run holds another run. It has a metrics.jsonl."""
     if (folder / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.output_dir} holds a run: --resume continues it, "
@@ -1444,8 +1440,8 @@ def refuse_old_run(args, folder):
         )
 
 
-def open_metrics(args, folder):
-    """metrics.jsonl, open for appending, in a folder that belongs to this run alone."""
+def claim_folder(args, folder):
+    """Make the output folder this run's own. Returns metrics.jsonl in it, open for appending."""
     if (folder / "config.json").exists():
         raise ValueError(f"{args.output_dir} holds a model: choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1499,6 +1495,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number = 0  # no signal yet
+        # Asked now, because isatty() says no of a terminal that is closed.
         outputs = (STANDARD_OUTPUT, STANDARD_ERROR)
         self.terminals = [output for output in outputs if os.isatty(output)]
         signal.signal(signal.SIGINT, self.on_ctrl_c)
@@ -1549,7 +1546,7 @@ def prepare_forks():
         before=hold_signals, after_in_parent=release_signals, after_in_child=reset_signals
     )
     # Only where multiprocessing forks: a child of subprocess may call setsid(), which the leader
-    # of a group must not. multiprocessing will call leave_group(os) in each of its processes.
+    # of a group must not. leave_group() will get what is the first argument here, and needs none.
     multiprocessing.util.register_after_fork(os, leave_group)
 
 
@@ -1567,7 +1564,7 @@ def reset_signals():
     release_signals()
 
 
-def leave_group(_):  # it gets what register_after_fork() was given
+def leave_group(_):
     os.setpgrp()
 
 
@@ -1662,16 +1659,6 @@ def seed_of_step(seed, step):
     return generator.getrandbits(32)
 
 
-def set_eos(model, eos_id):
-    """If the model's generate() does not stop at this token yet, let it stop there alone."""
-    stops = model.generation_config.eos_token_id
-    if not isinstance(stops, list):  # a number, or None
-        stops = [stops]
-    if eos_id not in stops:
-        model.config.eos_token_id = eos_id
-        model.generation_config.eos_token_id = eos_id
-
-
 # Drawing and training compute the same log-probs, up to rounding. A larger difference, in nats a
 # token, means that a cache or padding goes wrong for this model.
 LARGEST_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
@@ -1714,7 +1701,7 @@ class Run:
         checkpoint = None
         with blame("output_dir"):
             if self.rank == 0:  # under torchrun the first process alone writes
-                self.metrics_file = open_metrics(args, self.folder)
+                self.metrics_file = claim_folder(args, self.folder)
             if args.resume:
                 checkpoint = read_checkpoint(args, self.args_to_compare, self.folder)
 
@@ -1857,7 +1844,9 @@ class Run:
                 self.metrics_file.write(json.dumps(row) + "\n")
 
     def kl_to_reference(self, prompt, attention_mask, response):
-        """The estimate of the KL from each response in nats, (B,)."""
+        """The estimates of the KL in nats, a list: one from each response, None if no reference."""
+        if self.reference is None:
+            return [None] * len(prompt)
         mask = response_mask(response, self.tokenizer.eos_token_id)  # (B,T)
         size = self.args.micro_batch_size
         with computing_in(self.dtype, self.device):  # as in training
@@ -1868,7 +1857,7 @@ class Run:
                 ref_logprobs = logprobs_without_gradient(
                     self.reference, prompt, attention_mask, response, mask, size
                 )  # (B,T)
-        return (logprobs - ref_logprobs).sum(1)
+        return (logprobs - ref_logprobs).sum(1).tolist()
 
     def sample_rows(self, rows):
         """A Sample of each of B rows."""
@@ -1890,9 +1879,7 @@ class Run:
         reward, greedy_reward = rewards.chunk(2)  # (B,) each
         texts = decode_responses(tokenizer, rows, response)
         greedy_texts = decode_responses(tokenizer, rows, greedy_response)
-        kl = [None] * len(rows)
-        if self.reference is not None:
-            kl = self.kl_to_reference(prompt, attention_mask, response).tolist()
+        kl = self.kl_to_reference(prompt, attention_mask, response)
 
         samples = []
         for i, row in enumerate(rows):
@@ -2018,7 +2005,8 @@ class Run:
         """Save the policy and its tokenizer. generate() will stop where training did."""
         eos_id = self.tokenizer.eos_token_id
         self.policy.config = self.config_as_loaded()
-        set_eos(self.policy, eos_id)
+        self.policy.config.eos_token_id = eos_id
+        self.policy.generation_config.eos_token_id = eos_id
         self.policy.save_pretrained(self.folder / "model")
 
         tokenizer = AutoTokenizer.from_pretrained(self.args.model)  # without our padding token

@@ -1661,15 +1661,15 @@ def test_an_ordinary_token_as_eos_stays_ordinary_in_the_saved_tokenizer(small, t
     assert policy.generation_config.eos_token_id == 14
 
 
-def test_several_eos_of_a_checkpoint_stay(small, tmp_path):
-    """Such as Llama 3's, if the one that training stops at is among them."""
+def test_of_several_eos_the_saved_model_keeps_the_one_that_training_stopped_at(small, tmp_path):
+    """Llama 3 names several in generation_config.json. At the others training goes on."""
     shutil.copytree(TINY / "policy", tmp_path / "policy")
     path = tmp_path / "policy/generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [14, 0]}))
     flags = [*small, "--model", tmp_path / "policy", "--reward", TINY / "reward", "--steps", 1]
     go(flags, tmp_path / "run")
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
-    assert policy.generation_config.eos_token_id == [14, 0]
+    assert policy.generation_config.eos_token_id == 0
 
 
 def test_of_a_model_that_sees_images_the_language_model_is_trained_and_saved(tmp_path, capsys):
@@ -2083,7 +2083,6 @@ FILES = {  # name: content
 }
 MISTAKES = [  # the flags, words that the answer must have
     ("--prompts half_an_emoji.jsonl", "--prompts half_an_emoji.jsonl"),
-    ("--missing-eos-penalty 1e39 --max-new-tokens 1", "--missing-eos-penalty 1e+39"),
     ("--model nosuch", "--model nosuch"),
     ("--model no/such", "--model no/such"),
     ("--model {tiny}/reward", "classifier --model"),

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = "--model runs/smollm2 --batch-size 16 --max-new-tokens 32 --lr 5e-5 --eval-every 30"
 SMOLLM2 += " --no-gradient-checkpointing"
 REVIEWS = f"{SMOLLM2} --steps 60 --reward data/experiments/vader_reward.py:positive"
+SHIFTED_REVIEWS = f"{SMOLLM2} --steps 60"
+SHIFTED_REVIEWS += " --reward data/experiments/shifted_vader.py:plus_number_of_prompt"
 CHAT = f"{SMOLLM2} --steps 60 --prompts runs/json_task.jsonl --max-prompt-tokens 80"
 CHAT += " --reward data/experiments/json_task.py:is_bare_json"
 ON_A_GPU = "--model runs/smollm2 --lr 5e-5 --steps 100 --eval-every 25"
@@ -39,6 +41,7 @@ EXPERIMENTS = {  # name: (seeds, {arm: flags})
         (1, 2, 3),
         {"remax": REVIEWS, "reinforce": f"{REVIEWS} --baseline none", "batch": REVIEWS},
     ),
+    "smollm2_shift": ((1, 2, 3), {"remax-x": SHIFTED_REVIEWS, "batch-x": SHIFTED_REVIEWS}),
     "smollm2_gpu": (range(1, 6), {"remax": ON_A_GPU, "reinforce": f"{ON_A_GPU} --baseline none"}),
     "smollm2_kl": ((1,), {"remax": f"{REVIEWS} --kl-coef 0.1"}),
     "chat": ((1,), {"remax": CHAT}),
