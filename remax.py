@@ -137,7 +137,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         tokens.append(new_tokens)
         sampled_done, _ = done.chunk(2)  # (B,1) each
         logprobs.append(sampled_logprob.masked_fill(sampled_done, 0.0))
-        done = done | (new_tokens == eos_id)  # (2B,1)
+        done = done | (new_tokens == eos_id)  # (2B,1), only now: EOS itself belongs to the response
         if done.all():
             break
 
@@ -217,18 +217,20 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # response that is cut for its length counts as a response.
 #
 # Line (d) allows any b that does not depend on y. The greedy response depends on the prompt and the
-# weights alone. b is there to lower the variance. Suppose that all responses to a prompt have
-# rewards between 0.8 and 1. Without b each one that is drawn is made more likely, the bad ones too,
-# and only an average over many shows which ones are better. With b = 0.9 a single one shows it.
-# A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a critic to
-# predict. The greedy reward is a guess at V(x) that needs no training. It is often too high: then
-# most r - b are negative, and the bad responses are pushed down most. The mean stays right, by
-# line (d), but there is more noise. (By line (d) the KL of the greedy response could be a part of b
-# too. Algorithm 1 leaves it out.)
+# weights alone. (With the weights b changes too. But line (d) holds for the weights as they are
+# now, and b is not differentiated.) b is there to lower the variance. Suppose that all responses to
+# a prompt have rewards between 0.8 and 1. Without b each one that is drawn is made more likely, the
+# bad ones too, and only an average over many shows which ones are better. With b = 0.9 a single one
+# shows it. A good b is near V(x), the mean reward of the prompt's responses, which PPO trains a
+# critic to predict. The greedy reward is a guess at V(x) that needs no training. It is often too
+# high: then most r - b are negative, and the bad responses are pushed down most. The mean stays
+# right, by line (d), but there is more noise. (By line (d) the KL of the greedy response could be a
+# part of b too. Algorithm 1 leaves it out.)
 #
-# Line (e) is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
-# of line (a), with the log-ratio as the reward. So -beta * log(pi / pi_ref) is added to the reward,
-# and held constant as r is. (This estimate of the KL is often called k1. It may be negative.)
+# Line (e) is the product rule for KL = sum_y pi * log(pi / pi_ref), with grad pi = pi * grad log
+# pi. What remains of it has the form of line (a), with the log-ratio as the reward. So -beta *
+# log(pi / pi_ref) is added to the reward, and held constant as r is. (This estimate of the KL is
+# often called k1. It may be negative.)
 #
 # Line (f) is what remax_loss computes. By (b) and (e), the gradient of token t would be weighted by
 # the log-ratios of all tokens s. Those of the past, s < t, may be left out. To see why, take the
@@ -309,7 +311,7 @@ def accumulate_gradient(policy, scaler, batch, settings):
     B = len(batch.prompt)
     policy.zero_grad()  # an earlier step may have failed half way
     batch_loss = torch.zeros((), device=batch.prompt.device)
-    all_logprobs = []
+    batch_logprobs = []
     for part in micro_batches(B, settings.micro_batch_size):
         rows = batch.rows(part)  # N of the B rows
         with computing_in(settings.dtype, rows.prompt.device):
@@ -323,8 +325,8 @@ def accumulate_gradient(policy, scaler, batch, settings):
         share_of_loss = loss * len(logprobs) / B
         scaler.scale(share_of_loss).backward()
         batch_loss += share_of_loss.detach()
-        all_logprobs.append(logprobs.detach())
-    return batch_loss, torch.cat(all_logprobs)
+        batch_logprobs.append(logprobs.detach())
+    return batch_loss, torch.cat(batch_logprobs)
 
 
 def update(policy, optimizer, scaler, max_grad_norm):
@@ -876,7 +878,10 @@ def fill_columns(rows):
 
 
 def check_columns(columns, prompt_column):
-    """Raise ValueError for columns that cannot be passed to reward(prompts=, completions=, ...)."""
+    """Raise ValueError for columns that cannot be passed to reward(prompts=..., completions=...).
+
+    All columns but the prompts are passed by their names. (self is the reward model's own.)
+    """
     if prompt_column not in columns:
         names = ", ".join(str(name) for name in columns)
         raise ValueError(f"there is no column {prompt_column}, only {names}")
