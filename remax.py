@@ -49,7 +49,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing.util
+import multiprocessing
 import os
 import random
 import signal
@@ -1534,25 +1534,17 @@ class StopRequest:
 
 
 def prepare_forks():
-    """Let signals do what they should to the processes that a reward forks, as a pool does.
+    """Let a reward fork processes, as a pool does.
 
-    Without this three things would go wrong:
-    1. A child inherits the handlers of StopRequest, which only remember a signal. terminate()
-       would not end it. So each child takes them away: reset_signals().
-    2. A terminate() from before it has done so would be lost. So signals wait while a process
-       forks: hold_signals() and release_signals().
-    3. A terminal, `timeout` and torchrun send their signals to a whole group of processes. The
-       workers of a pool would end, and the step that waits for them would not. So they leave the
-       group: leave_group().
+    A child inherits the handlers of StopRequest, which only remember a signal: terminate() would
+    not end it. So each child gets other handlers. Signals wait until it has them, or one that comes
+    before would be lost.
     """
     if not hasattr(os, "register_at_fork"):  # Windows has no fork
         return
     os.register_at_fork(
-        before=hold_signals, after_in_parent=release_signals, after_in_child=reset_signals
+        before=hold_signals, after_in_parent=release_signals, after_in_child=set_signals_of_child
     )
-    # Only where multiprocessing forks: a child of subprocess may call setsid(), which the leader
-    # of a group must not. leave_group() will get what is the first argument here, and needs none.
-    multiprocessing.util.register_after_fork(os, leave_group)
 
 
 def hold_signals():
@@ -1563,14 +1555,18 @@ def release_signals():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
-def reset_signals():
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_DFL)
+def set_signals_of_child():
+    """SIGTERM ends a child. Ctrl-C and a closed terminal do not: the run needs it for the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Not SIG_IGN: a program that the child starts would inherit it.
+    signal.signal(signal.SIGINT, do_nothing)
+    if SIGHUP in stop_signals():
+        signal.signal(SIGHUP, do_nothing)
     release_signals()
 
 
-def leave_group(_):
-    os.setpgrp()
+def do_nothing(number, frame):
+    """A handler of a signal."""
 
 
 def format_metrics(metrics, prefix=""):

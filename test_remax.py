@@ -2905,14 +2905,23 @@ MADE_BY_EACH_CALL = '    with multiprocessing.get_context("fork").Pool(2) as poo
 MADE_WITH_THE_FILE = WORKING.replace(MADE_BY_EACH_CALL, "    if True:").replace(
     "def f(", 'pool = multiprocessing.get_context("fork").Pool(2)\n\ndef f('
 )
+IN_GROUPS_OF_THEIR_OWN = MADE_WITH_THE_FILE.replace("Pool(2)", "Pool(2, initializer=os.setpgrp)")
 
 
-@pytest.mark.parametrize("source", [WORKING, MADE_WITH_THE_FILE], ids=["each call", "the file"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "source, number",
+    [
+        (WORKING, signal.SIGINT),
+        (WORKING, signal.SIGHUP),
+        (MADE_WITH_THE_FILE, signal.SIGINT),
+        (MADE_WITH_THE_FILE, signal.SIGHUP),
+        (IN_GROUPS_OF_THEIR_OWN, signal.SIGTERM),
+    ],
+)
 def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
-    number, source, small, tmp_path
+    source, number, small, tmp_path
 ):
-    """As Ctrl-C in a terminal, `timeout` and torchrun, and a terminal that is closed."""
+    """Ctrl-C in a terminal, and a closed one. SIGTERM of `timeout` and torchrun: see the README."""
     (tmp_path / "working.py").write_text(source.replace("NUMBER", str(int(number))))
     flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
     done = Child(*flags, "--output-dir", tmp_path / "run").wait()
@@ -3429,11 +3438,11 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
-    ("child that survives SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
+    ("child that survives SIGTERM", "signal.signal(signal.SIGTERM, signal.SIG_DFL)", "pass",
      "reward_that_forks"),
     ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
      "from_its_birth"),
-    ("child that the run's signals reach", "    os.setpgrp()\n", "    pass\n",
+    ("child that the run's signals reach", "signal.signal(signal.SIGINT, do_nothing)", "pass",
      "forked_children"),
     ("second SIGTERM that ends the run", "signal.signal(signal.SIGTERM, self.on_stop)",
      "signal.signal(signal.SIGTERM, self.on_ctrl_c)",
