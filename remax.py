@@ -825,12 +825,12 @@ def check_end_of_turn(tokenizer, chat):
 
 
 def encode_texts(tokenizer, texts):
-    """The token ids of each text. Some tokenizers add EOS, which is cut off: the text goes on."""
+    """The token ids of each text. BOS stays. EOS, which some tokenizers add, is cut off."""
     batch = tokenizer(texts, return_special_tokens_mask=True)
     encoded = []
-    for ids, is_special in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
+    for ids, added in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
         length = len(ids)
-        while length > 0 and is_special[length - 1]:  # the tokenizer has added this token
+        while length > 0 and added[length - 1] == 1:  # the text does not end here, but goes on
             length -= 1
         encoded.append(ids[:length])
     return encoded

@@ -374,7 +374,7 @@ def test_a_constant_added_to_the_reward_of_each_prompt_changes_no_gradient(added
 
 
 @pytest.mark.parametrize("added", OFFSETS)
-def test_a_constant_added_to_the_reward_moves_the_gradient_of_reinforce(added):
+def test_without_a_baseline_what_is_added_to_the_reward_moves_the_gradient(added):
     plain_gradient, _ = gradient_and_kl(NOTHING, greedy_baseline=False)
     gradient, _ = gradient_and_kl(added, greedy_baseline=False)
     assert error(gradient, plain_gradient) > 0.1
