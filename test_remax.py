@@ -23,6 +23,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+import zlib
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -3649,7 +3650,7 @@ def quoted_rows():
         rows.append(
             f"| {size} | {row['threads']} | {ratio['ReMax/RLOO']:.2f} | {ratio['ReMax/GRPO']:.2f} |"
         )
-    return rows + shift_rows() + variance_rows()
+    return rows + shift_rows() + real_shift_rows() + variance_rows()
 
 
 def shift_rows():
@@ -3662,6 +3663,26 @@ def shift_rows():
         mean, deviation = spread(logs, "eval_reward")
         cells = [
             in_table((mean - (logs[0][0]["eval_reward"] - without), deviation)),
+            in_table(spread(logs, "eval_kl"), 1),
+            in_table(spread(logs, "grad_norm", last=20), 1),
+        ]
+        rows.append(f"| {name} | {words} | {' | '.join(cells)} |")
+    return rows
+
+
+def real_shift_rows():
+    """The same on the real model, where what was added is known: see shifted_vader.py."""
+    tokenizer = remax.load_policy_tokenizer(tiny_args())
+    _, held_out = remax.load_prompts(tiny_args(), tokenizer)
+    c = statistics.mean((zlib.crc32(row.reward_prompt.encode()) % 11 - 5) / 5 for row in held_out)
+    rows = []
+    arms = {"remax": "ReMax", "batch": "mean of the other prompts"}
+    added = {("smollm2", ""): "nothing", ("smollm2_shift", "-x"): "c(x)"}
+    for (arm, name), ((experiment, ending), words) in product(arms.items(), added.items()):
+        logs = arm_logs(experiment, f"{arm}{ending}")
+        mean, deviation = spread(logs, "eval_reward")
+        cells = [
+            in_table((mean - (c if words == "c(x)" else 0), deviation)),
             in_table(spread(logs, "eval_kl"), 1),
             in_table(spread(logs, "grad_norm", last=20), 1),
         ]
