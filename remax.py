@@ -1361,9 +1361,8 @@ def fingerprint(name):
     content = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:
-            while block := opened.read(1_000_000):  # weights may not fit into memory twice
-                content.update(block)
-    return f"{path.name} with the sha256 {content.hexdigest()[:16]}"
+            content.update(hashlib.file_digest(opened, "sha256").digest())
+    return f"{path.name} with the hash {content.hexdigest()[:16]}"
 
 
 def args_as_texts(args, dtype):

@@ -3472,7 +3472,8 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
      "row.columns[name]", "changes_its_arguments"),
     ("two runs in one folder", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
      "living_run"),
-    ("changed prompts file", "content.update(block)", "pass",
+    ("changed prompts file",
+     'content.update(hashlib.file_digest(opened, "sha256").digest())', "pass",
      "changed_file"),
     ("tokens averaged over the wrong axis", 'mean_over_processes(batch.mask.sum(1))',
      'mean_over_processes(batch.mask.sum(0))', "figures_are"),
@@ -3650,7 +3651,7 @@ def quoted_rows():
         rows.append(
             f"| {size} | {row['threads']} | {ratio['ReMax/RLOO']:.2f} | {ratio['ReMax/GRPO']:.2f} |"
         )
-    return rows + shift_rows() + real_shift_rows() + variance_rows()
+    return rows + shift_rows() + variance_rows()
 
 
 def shift_rows():
@@ -3735,7 +3736,7 @@ def test_the_runs_of_the_real_model_are_quoted_right():
         f"| before | {before['eval_reward']:.2f} | {before['eval_greedy_reward']:.2f} | 0 | |",
         f"below {math.ceil(max(differences) * 100) / 100} nats",
     )
-    assert min(norms) > 1  # "every gradient was shortened"
+    assert min(norms) > 1  # "every gradient was scaled down"
 
 
 def test_the_smaller_runs_of_the_real_model_are_quoted_right():
@@ -3783,7 +3784,7 @@ def test_the_seconds_of_a_step_on_a_gpu_are_quoted_right():
     assert_quoted(
         f"| on an H200 | {row.format(**first)}",
         f"| on another H200 | {row.format(**second)}",
-        f"{min(ratios):.1f} to {max(ratios):.1f} times as long, depending on",
+        f"a step of RLOO took {min(ratios):.1f} to {max(ratios):.1f} times as long",
     )
 
 
@@ -3835,12 +3836,13 @@ def test_the_numbers_of_the_tests_are_quoted_right():
 
 
 def test_the_memory_and_disk_of_the_readme_are_the_logs_and_12_bytes_a_parameter():
-    peaks = {"SmolLM2, 135M": [], "gpt2-large, 774M": [], "1.24B": []}
+    peaks = {}
     parameters = {"SmolLM2, 135M": 134_515_008}
-    names = {"gpt2-large": "gpt2-large, 774M", "Llama-3.2-1B size": "1.24B"}
+    largest = "1.24B, 16 prompts of 64 + 128 tokens"
+    names = {"gpt2-large": "gpt2-large, 774M", "Llama-3.2-1B size": largest}
     for row in read_results("memory_gpu.jsonl"):
         if row["model"] in names and "PPO" not in row["flags"]:
-            peaks[names[row["model"]]].append(f"{row['peak_gb']:.1f}")
+            peaks.setdefault(names[row["model"]], []).append(f"{row['peak_gb']:.1f}")
             parameters[names[row["model"]]] = row["parameters"]
     rows = [row for log in arm_logs("smollm2_gpu", "remax") for row in log]
     peak = max(row.get("peak_memory_gb", 0) for row in rows)
