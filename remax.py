@@ -49,7 +49,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -333,8 +333,8 @@ def update(policy, optimizer, scaler, max_grad_norm):
     """Clip the gradient and take one optimizer step. Returns the norm before clipping, a scalar.
 
     The loss is a sum over tokens, so most gradients are long. Clipping keeps their direction and
-    gives up their length, and with it strict unbiasedness. A gradient that is not finite changes
-    nothing.
+    gives up their length, and with it strict unbiasedness. A gradient that is not finite changes no
+    weight.
     """
     average_gradients(policy)  # under torchrun: each process has had its share of the batch
     # In float16 the loss was multiplied by the scale. In other dtypes the scaler does nothing.
@@ -376,7 +376,7 @@ def remax_step(policy, reference, optimizer, scaler, score, prompt, attention_ma
     Raises ValueError for kl_coef without a reference, and for rewards of another shape.
     Under torchrun each process brings B prompts of its own, and all make the same update.
     """
-    if reference is None and settings.kl_coef > 0:
+    if reference is None and settings.kl_coef != 0:
         raise ValueError("without a reference there is no KL: kl_coef must be 0")
     B = len(prompt)
     dtype = settings.dtype
@@ -1182,7 +1182,10 @@ def score_responses(args, reward_function, tokenizer, rows, responses):
         values = reward_function(**arguments)
     rewards = as_rewards(values, len(rows), responses.device)  # (N,)
     has_no_eos = (responses != tokenizer.eos_token_id).all(1)  # (N,)
-    return rewards - args.missing_eos_penalty * has_no_eos
+    rewards = rewards - args.missing_eos_penalty * has_no_eos
+    if not rewards.isfinite().all():
+        raise BadInput("a reward less the penalty is beyond float32", "missing_eos_penalty")
+    return rewards
 
 
 # =================================================================================================
@@ -1352,9 +1355,9 @@ def fingerprint(name):
     The content of a folder is that of the files right in it. 16 digits of the hash are enough to
     tell two contents apart.
     """
-    path = Path(name)
-    if not path.exists():
+    if not os.path.exists(name):
         return name
+    path = Path(name)
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
@@ -1373,7 +1376,9 @@ def args_as_texts(args, dtype):
     texts["model"] = fingerprint(args.model)
     texts["prompts"] = fingerprint(args.prompts)
     reward_name, function_name = split_function(args.reward)
-    texts["reward"] = f"{fingerprint(reward_name)}, {function_name}"
+    texts["reward"] = fingerprint(reward_name)
+    if function_name is not None:
+        texts["reward"] += f", function {function_name}"
     return texts
 
 
@@ -1484,7 +1489,7 @@ def stop_signals():
 
 
 def end_at_once(number):
-    """End the run and the processes of its reward."""
+    """End the run, and the children that its reward has from multiprocessing."""
     for child in multiprocessing.active_children():
         child.terminate()
     # Not by an exception: a reward could catch it, and a pool may wait for ever when it is closed.
@@ -1533,17 +1538,25 @@ class StopRequest:
 
 
 def prepare_forks():
-    """Let a reward fork processes, as a pool does.
+    """Let signals do what they should to the processes that a reward forks, as a pool does.
 
-    A child inherits the handlers of StopRequest, which only remember a signal: terminate() would
-    not end it. So each child gets other handlers. Signals wait until it has them, or one that comes
-    before would be lost.
+    Without this three things would go wrong:
+    1. A child inherits the handlers of StopRequest, which only remember a signal. terminate()
+       would not end it. So each child takes them away: reset_signals().
+    2. A terminate() from before it has done so would be lost. So signals wait while a process
+       forks: hold_signals() and release_signals().
+    3. A terminal, `timeout` and torchrun send their signals to a whole group of processes. The
+       workers of a pool and their programs would end. The step would then wait for ever, or count
+       wrong rewards. So they leave the group: leave_group().
     """
     if not hasattr(os, "register_at_fork"):  # Windows has no fork
         return
     os.register_at_fork(
-        before=hold_signals, after_in_parent=release_signals, after_in_child=set_signals_of_child
+        before=hold_signals, after_in_parent=release_signals, after_in_child=reset_signals
     )
+    # Only where multiprocessing forks: a child of subprocess may call setsid(), which the leader
+    # of a group must not. leave_group() will get what is the first argument here, and needs none.
+    multiprocessing.util.register_after_fork(os, leave_group)
 
 
 def hold_signals():
@@ -1554,18 +1567,14 @@ def release_signals():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
 
-def set_signals_of_child():
-    """SIGTERM ends a child. Ctrl-C and a closed terminal do not: the run needs it for the step."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Not SIG_IGN: a program that the child starts would inherit it.
-    signal.signal(signal.SIGINT, do_nothing)
-    if SIGHUP in stop_signals():
-        signal.signal(SIGHUP, do_nothing)
+def reset_signals():
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
     release_signals()
 
 
-def do_nothing(number, frame):
-    """A handler of a signal."""
+def leave_group(_):
+    os.setpgrp()
 
 
 def format_metrics(metrics, prefix=""):
@@ -1717,8 +1726,7 @@ class Run:
         self.policy.to(self.device)
         if not args.offload:  # otherwise they stay in CPU memory: see on_device()
             self.move_frozen_models()
-        with blame("model"):
-            self.check_decoding()
+        self.check_decoding()
         self.optimizer = make_optimizer(args, self.policy)
         self.scaler = make_scaler(self.dtype, self.device)
         if checkpoint is not None:
@@ -1777,9 +1785,12 @@ class Run:
         eos_id, pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         max_new_tokens = min(4, self.args.max_new_tokens)
         self.policy.eval()
-        response, _, sampling_logprobs = rollout(  # raises ValueError if it has no cache
-            self.policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
-        )  # (B,T) each
+        try:
+            response, _, sampling_logprobs = rollout(
+                self.policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id
+            )  # (B,T) each
+        except ValueError as error:  # it has no cache
+            raise BadInput(str(error), "model") from error
         mask = response_mask(response, eos_id)  # (B,T)
         logprobs = self.logprobs_without_padding(rows, response, mask)  # (B,T)
         difference = (logprobs - sampling_logprobs).abs()  # (B,T), 0 where masked

@@ -2134,6 +2134,7 @@ MISTAKES = [  # the flags, words that the answer must have
     ("--prompts nosuch", "--prompts nosuch"),
     ("--prompts nosuch.jsonl", "--prompts nosuch.jsonl"),
     ("--prompts empty.jsonl", "--prompts empty.jsonl"),
+    ("--missing-eos-penalty 1e39 --max-new-tokens 1", "--missing-eos-penalty 1e+39"),
     ("--prompts named.jsonl", "completions rename --prompts named.jsonl"),
     ("--prompts self.jsonl", "self rename --prompts self.jsonl"),
     ("--prompts blank.txt", "0 prompts"),
@@ -2885,13 +2886,13 @@ def test_a_forked_child_ends_on_sigterm_from_its_birth_on():
 WORKING = """
 import multiprocessing
 import os
-import time
+import subprocess
 
 os.setpgid(0, 0)  # a group of its own: the signal is for the run, and not for pytest
 
 def work(seconds):
-    time.sleep(seconds)
-    return 1.0
+    program = subprocess.run(["sleep", str(seconds)])
+    return float(program.returncode == 0)
 
 def f(completions, **kwargs):
     with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -2906,23 +2907,14 @@ MADE_BY_EACH_CALL = '    with multiprocessing.get_context("fork").Pool(2) as poo
 MADE_WITH_THE_FILE = WORKING.replace(MADE_BY_EACH_CALL, "    if True:").replace(
     "def f(", 'pool = multiprocessing.get_context("fork").Pool(2)\n\ndef f('
 )
-IN_GROUPS_OF_THEIR_OWN = MADE_WITH_THE_FILE.replace("Pool(2)", "Pool(2, initializer=os.setpgrp)")
 
 
-@pytest.mark.parametrize(
-    "source, number",
-    [
-        (WORKING, signal.SIGINT),
-        (WORKING, signal.SIGHUP),
-        (MADE_WITH_THE_FILE, signal.SIGINT),
-        (MADE_WITH_THE_FILE, signal.SIGHUP),
-        (IN_GROUPS_OF_THEIR_OWN, signal.SIGTERM),
-    ],
-)
+@pytest.mark.parametrize("source", [WORKING, MADE_WITH_THE_FILE], ids=["each call", "the file"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
-    source, number, small, tmp_path
+    number, source, small, tmp_path
 ):
-    """Ctrl-C in a terminal, and a closed one. SIGTERM of `timeout` and torchrun: see the README."""
+    """As Ctrl-C in a terminal, `timeout` and torchrun, and a terminal that is closed."""
     (tmp_path / "working.py").write_text(source.replace("NUMBER", str(int(number))))
     flags = [*small, "--reward", f"{tmp_path}/working.py:f", "--eval-every", 10]
     done = Child(*flags, "--output-dir", tmp_path / "run").wait()
@@ -2930,6 +2922,8 @@ def test_a_signal_to_its_group_leaves_the_forked_children_of_a_reward_at_work(
     assert "Traceback" not in done.stderr
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 1
+    step = read_metrics(tmp_path / "run")[-1]
+    assert step["reward"] == step["greedy_reward"] == 1  # no program was ended
 
 
 def receive(*numbers):
@@ -3439,11 +3433,11 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("checkpoint that runs code", "weights_only=True", "weights_only=False", "stranger"),
     ("new run over an old one", 'if (folder / "checkpoint.pt").exists():', "if False:",
      "neither_overwritten"),
-    ("child that survives SIGTERM", "signal.signal(signal.SIGTERM, signal.SIG_DFL)", "pass",
+    ("child that survives SIGTERM", "signal.signal(number, signal.SIG_DFL)", "pass",
      "reward_that_forks"),
     ("child that is born deaf to SIGTERM", "before=hold_signals", "before=release_signals",
      "from_its_birth"),
-    ("child that the run's signals reach", "signal.signal(signal.SIGINT, do_nothing)", "pass",
+    ("child that the run's signals reach", "    os.setpgrp()\n", "    pass\n",
      "forked_children"),
     ("second SIGTERM that ends the run", "signal.signal(signal.SIGTERM, self.on_stop)",
      "signal.signal(signal.SIGTERM, self.on_ctrl_c)",
