@@ -132,7 +132,7 @@ def rollout(policy, prompt, attention_mask, max_new_tokens, eos_id, pad_id):
         sampled_logprob = all_logprobs.gather(1, sampled)  # (B,1)
         greedy = greedy_logits.argmax(-1, keepdim=True)  # (B,1): ybar_t
 
-        # A row that is done goes on with padding until all are done.
+        # A row that is done goes on with padding until all are done. Nobody uses what it computes.
         new_tokens = torch.cat([sampled, greedy]).masked_fill(done, pad_id)  # (2B,1)
         tokens.append(new_tokens)
         sampled_done, _ = done.chunk(2)  # (B,1) each
@@ -340,7 +340,7 @@ def update(policy, optimizer, scaler, max_grad_norm):
     # In float16 the loss was multiplied by the scale. In other dtypes the scaler does nothing.
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    if grad_norm.isfinite():
+    if grad_norm.isfinite():  # in float16 the scaler would see to this itself
         scaler.step(optimizer)
     scaler.update()
     policy.zero_grad()  # the next rollout needs the memory of the gradients
@@ -532,8 +532,10 @@ def average_gradients(model):
         average_in_place(parameter.grad)
 
 
+# End of the algorithm.
+
 # =================================================================================================
-# End of the algorithm. The task: prompts in, rewards out. It knows the tokenizer and the flags.
+# The task: prompts in, rewards out. It knows the tokenizer and the flags.
 # =================================================================================================
 
 
@@ -1935,7 +1937,7 @@ class Run:
             say(format_sample(sample))
 
     def learning_rate(self, step):
-        """A cosine from --lr down to 0. It depends on the step alone: no scheduler to resume."""
+        """A cosine from --lr down to 0. It needs no state, so there is no scheduler to resume."""
         progress = (step - 1) / self.args.steps
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
