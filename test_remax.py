@@ -3645,7 +3645,7 @@ def quoted_rows():
         rows.append(
             f"| {size} | {row['threads']} | {ratio['ReMax/RLOO']:.2f} | {ratio['ReMax/GRPO']:.2f} |"
         )
-    return rows + shift_rows() + variance_rows()
+    return rows + shift_rows() + real_shift_rows() + variance_rows()
 
 
 def shift_rows():
@@ -3807,6 +3807,19 @@ def test_the_seconds_on_a_cpu_are_quoted_right():
         f"and {statistics.median(slow):.0f} on a slower one",
         f"took {share:.2f} times the seconds of one process with two threads",
     )
+
+
+def test_the_cost_of_the_greedy_response_is_quoted_right():
+    ratios = [row["ratio"] for row in read_results("greedy_half.jsonl")]
+    assert_quoted(f"took {min(ratios):.1f} to {max(ratios):.1f} times as long as decoding the")
+
+
+@pytest.mark.parametrize("column", ["eval_reward", "eval_kl"])
+def test_each_seed_of_remax_ends_above_each_of_the_other_baseline_with_c_of_x(column):
+    ends = {}
+    for arm in "remax-x", "batch-x":
+        ends[arm] = [log[-1][column] for log in arm_logs("smollm2_shift", arm)]
+    assert min(ends["remax-x"]) > max(ends["batch-x"])
 
 
 def test_measured_and_computed_memory_are_quoted_right():
