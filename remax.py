@@ -832,7 +832,7 @@ def encode_texts(tokenizer, texts):
     encoded = []
     for ids, added in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
         length = len(ids)
-        while length > 0 and added[length - 1] == 1:  # the text does not end here, but goes on
+        while length > 0 and added[length - 1] == 1:  # the tokenizer has added this token
             length -= 1
         encoded.append(ids[:length])
     return encoded
@@ -887,8 +887,9 @@ def check_columns(columns, prompt_column):
     if prompt_column not in columns:
         names = ", ".join(str(name) for name in columns)
         raise ValueError(f"there is no column {prompt_column}, only {names}")
-    for name in columns:
-        if name in ("prompts", "completions", "self") and name != prompt_column:
+    others = [name for name in columns if name != prompt_column]
+    for name in others:
+        if name in ("prompts", "completions", "self"):
             raise ValueError(f"rename the column {name}: rewards get something else by this name")
 
 
@@ -1363,11 +1364,12 @@ def fingerprint(name):
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-    content = hashlib.sha256()
+    hashes = ""
     for file in files:
         with open(file, "rb") as opened:
-            content.update(hashlib.file_digest(opened, "sha256").digest())
-    return f"{path.name} with the hash {content.hexdigest()[:16]}"
+            hashes += hashlib.file_digest(opened, "sha256").hexdigest()
+    hash_of_all = hashlib.sha256(hashes.encode()).hexdigest()
+    return f"{path.name} with the hash {hash_of_all[:16]}"
 
 
 def args_as_texts(args, dtype):

@@ -3467,7 +3467,7 @@ SABOTAGE = [  # what is broken, the line, its broken form, the test that must no
     ("two runs in one folder", "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
      "living_run"),
     ("changed prompts file",
-     'content.update(hashlib.file_digest(opened, "sha256").digest())', "pass",
+     'hashes += hashlib.file_digest(opened, "sha256").hexdigest()', "pass",
      "changed_file"),
     ("tokens averaged over the wrong axis", 'mean_over_processes(batch.mask.sum(1))',
      'mean_over_processes(batch.mask.sum(0))', "figures_are"),
