@@ -33,7 +33,7 @@ Symbols, in shapes and equations:
 Prompts are padded on the left, responses on the right.
 
 To learn the algorithm, read from rollout to remax_step and the short functions
-below it, up to the heading "End of the algorithm". The rest reads prompts, asks
+below it, up to the line "End of the algorithm". The rest reads prompts, asks
 for rewards, saves the run, and refuses what would go wrong.
 
   python remax.py                        # a tiny GPT-2: no GPU, no download
@@ -227,10 +227,10 @@ def token_logprobs(model, prompt, attention_mask, response, mask):
 # right, by line (d), but there is more noise. (By line (d) the KL of the greedy response could be a
 # part of b too. Algorithm 1 leaves it out.)
 #
-# Line (e) is the product rule for KL = sum_y pi * log(pi / pi_ref), with grad pi = pi * grad log
-# pi. What remains of it has the form of line (a), with the log-ratio as the reward. So -beta *
-# log(pi / pi_ref) is added to the reward, and held constant as r is. (This estimate of the KL is
-# often called k1. It may be negative.)
+# Line (e) is the product rule for KL = sum_y pi * log(pi / pi_ref). What remains of it has the form
+# of line (a), with the log-ratio as the reward. So -beta times the log-ratio is added to the
+# reward, and held constant as r is. (This estimate of the KL is often called k1. It may be
+# negative.)
 #
 # Line (f) is what remax_loss computes. By (b) and (e), the gradient of token t would be weighted by
 # the log-ratios of all tokens s. Those of the past, s < t, may be left out. To see why, take the
@@ -890,7 +890,7 @@ def check_columns(columns, prompt_column):
     others = [name for name in columns if name != prompt_column]
     for name in others:
         if name in ("prompts", "completions", "self"):
-            raise ValueError(f"rename the column {name}: rewards get something else by this name")
+            raise ValueError(f"rename the column {name}: a reward has an argument of this name")
 
 
 def read_prompts(args, tokenizer):
@@ -1439,7 +1439,10 @@ def drop_later_rows(metrics_file, size_then):
 
 
 def refuse_old_run(args, folder):
-    """Raise ValueError if the folder of a new run holds another run. It has a metrics.jsonl."""
+    """Raise ValueError if the folder of a new run holds another run.
+
+    It has a metrics.jsonl in any case: claim_folder() has opened it.
+    """
     if (folder / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.output_dir} holds a run: --resume continues it, "

@@ -27,8 +27,9 @@ import remax
 SIZES = {
     "1M": dict(vocab_size=700, n_embd=128, n_layer=4, n_head=4),
     "15M": dict(vocab_size=8192, n_embd=384, n_layer=6, n_head=6),
-    "135M": dict(vocab_size=32768, n_embd=768, n_layer=12, n_head=12),
+    "111M": dict(vocab_size=32768, n_embd=768, n_layer=12, n_head=12),
 }
+IDS = dict(bos_token_id=0, eos_token_id=0)  # GPT-2's own are beyond these vocabularies
 NO_TOKEN = -1  # as EOS: no response ends
 
 
@@ -55,7 +56,11 @@ def main():
     args = parser.parse_args()
     for size in args.sizes:
         torch.manual_seed(0)
-        policy = AutoModelForCausalLM.from_config(GPT2Config(**SIZES[size])).to(args.device).eval()
+        policy = (
+            AutoModelForCausalLM.from_config(GPT2Config(**SIZES[size], **IDS))
+            .to(args.device)
+            .eval()
+        )
         both, sampled_alone = [], []
         seconds_of_a_rollout(policy, 2, args)  # the first call is slower
         for _ in range(args.rounds):
